@@ -1,0 +1,268 @@
+"""An adapter's folder, in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`.
+
+Only safetensors is ever opened. A folder is checked as a whole, and all that is wrong with it is
+reported at once: file, tensor, what was found, what was expected.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from flora.adapters.core import Adapter, Base, identity_of
+from flora.adapters.kinds import get_kind
+from flora.adapters.targets import AdapterConfig, targeted
+from flora.errors import InvalidAdapterError, UsageError
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CONFIG_BYTES = 4 * 2**20
+
+Params = dict[str, dict[str, Tensor]]
+"""Module name -> tensor name -> tensor, as a kind's own files name them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a folder may ask for: the largest rank, and the largest file in bytes."""
+
+    rank: int = 1024
+    file_bytes: int = 8 * 2**30
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Checkpoint:
+    """An adapter as its files hold it, in its kind's own parameters."""
+
+    kind: str
+    config: AdapterConfig
+    params: Params
+    base_model: str | None = None
+
+    @cached_property
+    def identity(self) -> str:
+        tensors = {
+            f"{module}.{name}": tensor
+            for module, params in self.params.items()
+            for name, tensor in params.items()
+        }
+        return identity_of(self.kind, self.config.arithmetic(), tensors)
+
+    def adapter(self) -> Adapter:
+        """The adapter in the one form of all kinds, filled in at least fp32."""
+        kind = get_kind(self.kind)
+        layers = {}
+        with torch.no_grad():
+            for module, params in self.params.items():
+                exact = {
+                    n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in params.items()
+                }
+                layers[module] = kind.fill(self.config, module, exact)
+        return Adapter(kind=self.kind, identity=self.identity, layers=layers)
+
+
+def parse_config(raw: Mapping[str, Any]) -> tuple[str, AdapterConfig]:
+    """The kind and the typed config of an `adapter_config.json`.
+
+    A key that the kind does not know passes only where its value is null, false or empty.
+    Raises InvalidAdapterError, naming every key that does not hold.
+    """
+    kind = get_kind(raw.get("peft_type"))
+    known = {
+        key: value
+        for key, value in raw.items()
+        if key in kind.Config.model_fields or not (key in kind.Config.inert or not value)
+    }
+    try:
+        return raw["peft_type"].upper(), kind.Config(**known)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            found = f"{'.'.join(map(str, fault['loc']))} = {fault['input']!r:.80}"
+            if fault["type"] == "extra_forbidden":
+                faults.append(f"{found} is not supported for {raw['peft_type']}")
+            else:
+                faults.append(f"{found}: {fault['msg']}")
+        raise InvalidAdapterError("; ".join(faults)) from None
+
+
+def read_checkpoint(
+    folder: str | os.PathLike[str], base: Base | None = None, limits: Limits | None = None
+) -> Checkpoint:
+    """Read and check an adapter's folder.
+
+    base: the model that it is for; without it the sizes are only checked against each other.
+    Raises UsageError where there is no such folder, InvalidAdapterError for all its faults at once.
+    """
+    folder, limits = Path(folder), limits or Limits()
+    if not folder.is_dir():
+        raise UsageError(f"there is no adapter folder {str(folder)!r}")
+    try:
+        return _read(folder, base, limits)
+    except InvalidAdapterError as error:
+        raise InvalidAdapterError(f"adapter {str(folder)!r}: {error}") from error
+
+
+def write_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+    """Write an adapter's folder as PEFT reads it; an older one there is replaced as a whole."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": checkpoint.kind,
+        "base_model_name_or_path": checkpoint.base_model,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        **checkpoint.config.model_dump(),
+    }
+    tensors = {
+        f"{PREFIX}{module}.{name}": tensor.detach().cpu().contiguous()
+        for module, params in checkpoint.params.items()
+        for name, tensor in params.items()
+    }
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        new.mkdir()
+        save_file(tensors, new / TENSORS_FILE, metadata={"format": "pt"})
+        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+
+
+def find_adapters(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The adapters' folders in a folder, by name; the folder itself where it is one adapter.
+
+    Raises UsageError where there is none.
+    """
+    folder = Path(folder)
+    if (folder / CONFIG_FILE).is_file():
+        return {folder.resolve().name: folder}
+    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    if not found:
+        raise UsageError(
+            f"{str(folder)!r} holds no adapter: no {CONFIG_FILE} in it or in its folders"
+        )
+    return {path.name: path for path in found}
+
+
+def _read(folder: Path, base: Base | None, limits: Limits) -> Checkpoint:
+    raw = _read_config(folder / CONFIG_FILE)
+    kind, config = parse_config(raw)
+    tensors = _read_tensors(folder, limits)
+    faults: list[str] = []
+    params = _by_module(kind, config, tensors, base, faults)
+    for module in sorted(params):
+        shape = None if base is None else base.shapes.get(module)
+        if base is not None and shape is None:
+            faults.append(f"{module}: the base model has no such linear layer")
+        faults += _check_module(kind, config, module, params[module], shape, limits)
+    if not params and not faults:
+        faults.append(f"{TENSORS_FILE}: no tensor in it")
+    if faults:
+        raise InvalidAdapterError("; ".join(faults))
+    base_model = raw.get("base_model_name_or_path")
+    return Checkpoint(kind=kind, config=config, params=params, base_model=base_model)
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise InvalidAdapterError(f"{path.name} is missing")
+    if path.stat().st_size > CONFIG_BYTES:
+        raise InvalidAdapterError(f"{path.name} is larger than {CONFIG_BYTES} bytes")
+    try:
+        raw = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapterError(f"{path.name} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise InvalidAdapterError(f"{path.name} is not a JSON object")
+    return raw
+
+
+def _read_tensors(folder: Path, limits: Limits) -> dict[str, Tensor]:
+    path = folder / TENSORS_FILE
+    if not path.is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
+        if pickles:
+            raise InvalidAdapterError(
+                f"{pickles[0]} is a pickle and is never opened; have it saved as safetensors"
+            )
+        raise InvalidAdapterError(f"{TENSORS_FILE} is missing")
+    if path.stat().st_size > limits.file_bytes:
+        raise InvalidAdapterError(f"{TENSORS_FILE} is larger than {limits.file_bytes} bytes")
+    try:
+        # Read once, not mapped: what was checked is what is used, whatever becomes of the file.
+        tensors: dict[str, Tensor] = load(path.read_bytes())
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise InvalidAdapterError(f"{TENSORS_FILE} is not a safetensors file: {error}") from None
+    return tensors
+
+
+def _by_module(
+    kind: str,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    base: Base | None,
+    faults: list[str],
+) -> Params:
+    """Sort tensors by module; every layer that the config means has an entry, if an empty one."""
+    params: Params = {}
+    if base is not None:
+        params = {module: {} for module in targeted(config, base)}
+        if config.target_modules is not None and not params:
+            faults.append(f"{CONFIG_FILE}: target_modules mean no linear layer of the base model")
+    names = get_kind(kind).shapes(config, "")
+    for key, tensor in tensors.items():
+        name = next((n for n in names if key.endswith(f".{n}")), None)
+        if name is None or not key.startswith(PREFIX):
+            faults.append(
+                f"{key}: not a tensor of {kind}; expected {PREFIX}<module>.{'|'.join(names)}"
+            )
+        else:
+            params.setdefault(key[len(PREFIX) : -len(name) - 1], {})[name] = tensor
+    return params
+
+
+def _check_module(
+    kind: str,
+    config: AdapterConfig,
+    module: str,
+    params: Mapping[str, Tensor],
+    shape: tuple[int, int] | None,
+    limits: Limits,
+) -> list[str]:
+    faults = []
+    sizes: dict[int | str, int] = {} if shape is None else {"out": shape[0], "in": shape[1]}
+    for name, dims in get_kind(kind).shapes(config, module).items():
+        tensor = params.get(name)
+        if tensor is None:
+            faults.append(f"{module}.{name} is missing")
+            continue
+        if tensor.dtype not in FLOATS:
+            faults.append(f"{module}.{name}: found {tensor.dtype}, expected a float type")
+            continue
+        if tensor.ndim == len(dims):
+            # Without a base the first tensor of a layer says its sizes, and the others must agree.
+            for dim, size in zip(dims, tensor.shape, strict=True):
+                sizes.setdefault(dim, dim if isinstance(dim, int) else size)
+        expected = tuple(sizes.get(dim, dim) for dim in dims)
+        if tuple(tensor.shape) != expected:
+            faults.append(
+                f"{module}.{name}: found shape {list(tensor.shape)}, expected {list(expected)}"
+            )
+        elif max((d for d in dims if isinstance(d, int)), default=0) > limits.rank:
+            faults.append(f"{module}.{name}: rank over the limit of {limits.rank}")
+        elif not torch.isfinite(tensor).all():
+            faults.append(f"{module}.{name} holds NaN or Inf")
+    return faults

@@ -1,0 +1,46 @@
+"""FLoRA (Wen & Chaudhuri, ICLR 2024): W0 ∘ (Σ_j a_j b_jᵀ) / r.
+
+Files: `flora_A` `[r, out]` holds the a_j, `flora_B` `[r, in]` the b_j.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from flora.adapters.core import LayerFactors
+from flora.adapters.targets import AdapterConfig, by_pattern
+
+SPREAD = 0.1
+"""Standard deviation of the start's ε: at 0 all ranks stay equal for ever, tiny ones are slow."""
+
+
+class Config(AdapterConfig):
+    r: PositiveInt = 1
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    share_input: bool = False
+    inert = AdapterConfig.inert | {"init_weights"}
+
+
+def shapes(config: Config, module: str) -> dict[str, tuple[int | str, ...]]:
+    r = by_pattern(config.rank_pattern, module, config.r)
+    return {"flora_A": (r, "out"), "flora_B": (r, "in")}
+
+
+def fill(config: Config, module: str, params: Mapping[str, Tensor]) -> LayerFactors:  # noqa: ARG001
+    a, b = params["flora_A"], params["flora_B"]
+    return LayerFactors(hadamard_out=a / a.shape[0], hadamard_in=b)
+
+
+def init(
+    config: Config, module: str, shape: tuple[int, int], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The identity to rounding: A = 1, B = 1 + ε, where ε sums to zero over the ranks."""
+    r = by_pattern(config.rank_pattern, module, config.r)
+    out_features, in_features = shape
+    noise = SPREAD * torch.randn(r, in_features, generator=generator)
+    return {
+        "flora_A": torch.ones(r, out_features),
+        "flora_B": 1 + noise - noise.mean(dim=0),
+    }

@@ -1,0 +1,84 @@
+"""The front door of the operator: checks shapes, makes the plan, chooses the backend."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flora.errors import ShapeError
+from flora.ops import get_backend
+from flora.ops.factors import BaseProduct, BatchFactors
+from flora.ops.plan import make_plan
+
+
+def adapted_linear(
+    x: Float[Tensor, "S N I"],
+    base: BaseProduct,
+    factors: BatchFactors,
+    rows: Sequence[int],
+    *,
+    bias: Float[Tensor, " O"] | None = None,
+    weight: Float[Tensor, "O I"] | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "S N O"]:
+    """One linear layer, each row with its own adapter (FLoRA, equations 5 and 6, for every kind).
+
+    x:       S rows of N tokens.
+    base:    W0's product, without the bias; differentiable in x where a gradient is wanted.
+    factors: those of the batch's G groups.
+    rows:    the group of each row, S numbers below G.
+    bias:    the layer's own, added once, at the end, to the rows whose group brings none.
+    weight:  W0 where it can be read: with it many tokens of many pairs take the weight side.
+    backend: "auto" or a name in `BACKENDS`.
+
+    Products are taken in x's type, sums in at least fp32; the result has x's type. Differentiable
+    in x and the factors, not in W0. Under autocast x and W0 are cast as `F.linear` casts them, and
+    nothing else. Raises ShapeError where sizes do not fit, BackendError.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return _without_autocast(x, base, factors, rows, bias, weight, backend)
+    rows = tuple(rows)
+    if x.ndim != 3 or x.shape[0] != len(rows):
+        raise ShapeError(f"{len(rows)} rows named, but x has the shape {list(x.shape)}")
+    for part in (factors.hadamard_in, factors.down):
+        if part is not None and part.shape[1] != x.shape[2]:
+            raise ShapeError(f"the factors are for {part.shape[1]} inputs, but x has {x.shape[2]}")
+
+    plan = make_plan(
+        rows,
+        factors.pairs,
+        factors.ranks,
+        factors.biased,
+        tokens=x.shape[1],
+        has_weight=weight is not None,
+        grad=torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors.tensors)),
+    )
+    return get_backend(backend, x.device).apply(x, base, factors, plan, weight, bias)
+
+
+def _without_autocast(
+    x: Tensor,
+    base: BaseProduct,
+    factors: BatchFactors,
+    rows: Sequence[int],
+    bias: Tensor | None,
+    weight: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """Autocast would take the products of the fp32 factors in its own type, too."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast_base(x: Tensor) -> Tensor:
+        # Also in the backward, which may run outside of the caller's autocast.
+        with torch.autocast(kind, dtype=dtype):
+            return base(x)
+
+    with torch.autocast(kind, enabled=False):
+        weight = None if weight is None else weight.to(dtype)
+        y: Tensor = adapted_linear(
+            x.to(dtype), cast_base, factors, rows, bias=bias, weight=weight, backend=backend
+        )
+    return y

@@ -1,0 +1,92 @@
+"""The operator in plain torch: differentiable, on any device."""
+
+import torch
+from torch import Tensor
+
+from flora.ops.autograd import ModulatedLinear, RecomputedPasses, add_rows, scaled_product, take
+from flora.ops.factors import BaseProduct, BatchFactors
+from flora.ops.plan import Index, Plan
+
+
+def apply(
+    x_SNI: Tensor,
+    base: BaseProduct,
+    factors: BatchFactors,
+    plan: Plan,
+    weight_OI: Tensor | None,
+    bias_O: Tensor | None,
+) -> Tensor:
+    """See `adapted_linear`. Sums are taken in at least fp32 and rounded once at the end."""
+    y = _hadamard(x_SNI, base, factors, plan, weight_OI)
+    if plan.additive:
+        y = _add_low_rank(y, x_SNI, factors, plan)
+    if plan.bias is not None:
+        y = y + _row_bias(y, factors, plan, bias_O)
+    elif bias_O is not None:
+        y = y + bias_O
+    return y.to(x_SNI.dtype)
+
+
+def _hadamard(
+    x_SNI: Tensor, base: BaseProduct, factors: BatchFactors, plan: Plan, weight_OI: Tensor | None
+) -> Tensor:
+    """In fp32, but in x's type where no row is scaled."""
+    count, on = x_SNI.shape[0], plan.on(x_SNI.device)
+    in_PI, out_PO = factors.hadamard_in, factors.hadamard_out
+    if in_PI is None or out_PO is None:
+        return base(x_SNI)
+
+    def pages_of(index: Index) -> tuple[Tensor, Tensor]:
+        return take(in_PI, index).unsqueeze(1), take(out_PO, index).unsqueeze(1)
+
+    y: Tensor | None = None
+    if plan.recompute:
+        y = RecomputedPasses.apply(  # type: ignore[no-untyped-call]
+            base, on.passes, x_SNI, in_PI, out_PO
+        )
+    else:
+        for number, (rows, pages) in enumerate(on.passes):
+            x = take(x_SNI, rows)
+            if pages is None:
+                part = base(x).to(in_PI.dtype)
+            else:
+                b, a = factors.keep((plan, number), pages_of, pages)
+                part = scaled_product(x, b, a, base)
+            y = add_rows(y, part, rows, count)
+    for rows, pages in on.weight_side:
+        part = ModulatedLinear.apply(  # type: ignore[no-untyped-call]
+            take(x_SNI, rows), weight_OI, take(in_PI, pages), take(out_PO, pages)
+        )
+        y = add_rows(y, part.to(in_PI.dtype), rows, count)
+    if y is None:
+        raise ValueError("a plan without a product")
+    return y
+
+
+def _add_low_rank(y_SNO: Tensor, x_SNI: Tensor, factors: BatchFactors, plan: Plan) -> Tensor:
+    down, up = factors.down, factors.up
+    if down is None or up is None:
+        return y_SNO
+
+    def pages_of(index: Index, rank: int) -> tuple[Tensor, Tensor]:
+        down_SRI = take(down, index).to(x_SNI.dtype).unflatten(0, (-1, rank))
+        return down_SRI.transpose(1, 2), take(up, index).to(x_SNI.dtype).unflatten(0, (-1, rank))
+
+    for rank, rows, pages in plan.on(x_SNI.device).additive:
+        down_SIR, up_SRO = factors.keep((plan, "rank", rank), pages_of, pages, rank)
+        hidden_SNR = torch.bmm(take(x_SNI, rows), down_SIR)
+        if rows is None and y_SNO.dtype == x_SNI.dtype:
+            y_SNO = torch.baddbmm(y_SNO, hidden_SNR, up_SRO)
+        else:
+            part = torch.bmm(hidden_SNR, up_SRO)
+            y_SNO = add_rows(y_SNO, part.to(y_SNO.dtype), rows, y_SNO.shape[0])
+    return y_SNO
+
+
+def _row_bias(y_SNO: Tensor, factors: BatchFactors, plan: Plan, bias_O: Tensor | None) -> Tensor:
+    """Each row's bias, `[S, 1, O]`."""
+    own_O = y_SNO.new_zeros(y_SNO.shape[-1]) if bias_O is None else bias_O.to(y_SNO.dtype)
+    pages = own_O.unsqueeze(0)
+    if factors.bias is not None:
+        pages = torch.cat([factors.bias.to(y_SNO.dtype), pages])
+    return take(pages, plan.on(y_SNO.device).bias).unsqueeze(1)

@@ -1,0 +1,49 @@
+"""The truth: every row's W_i as a matrix, in fp64, by loops. Slow on purpose."""
+
+import torch
+from torch import Tensor
+
+from flora.ops.factors import BaseProduct, BatchFactors
+from flora.ops.plan import Plan
+
+
+def apply(
+    x_SNI: Tensor,
+    base: BaseProduct,
+    factors: BatchFactors,
+    plan: Plan,
+    weight_OI: Tensor | None,
+    bias_O: Tensor | None,
+) -> Tensor:
+    """See `adapted_linear`. W0 is read, or found by its product with the identity matrix."""
+    if weight_OI is None:
+        weight_OI = base(torch.eye(x_SNI.shape[-1], dtype=x_SNI.dtype, device=x_SNI.device)).T
+    outputs = []
+    for x_NI, group in zip(x_SNI, plan.rows, strict=True):
+        y_NO = x_NI.double() @ _dense(weight_OI.double(), factors, group).T
+        bias = bias_O
+        if factors.biased[group] and factors.bias is not None:
+            bias = factors.bias[sum(factors.biased[:group])]
+        outputs.append(y_NO if bias is None else y_NO + bias.double())
+    return torch.stack(outputs).to(x_SNI.dtype)
+
+
+def _dense(weight_OI: Tensor, factors: BatchFactors, group: int) -> Tensor:
+    dense = weight_OI
+    if (
+        factors.pairs[group]
+        and factors.hadamard_in is not None
+        and factors.hadamard_out is not None
+    ):
+        first = sum(factors.pairs[:group])
+        modulation = torch.zeros_like(weight_OI)
+        for page in range(first, first + factors.pairs[group]):
+            modulation = modulation + torch.outer(
+                factors.hadamard_out[page].double(), factors.hadamard_in[page].double()
+            )
+        dense = dense * modulation
+    if factors.ranks[group] and factors.down is not None and factors.up is not None:
+        first = sum(factors.ranks[:group])
+        for page in range(first, first + factors.ranks[group]):
+            dense = dense + torch.outer(factors.up[page].double(), factors.down[page].double())
+    return dense
