@@ -1,0 +1,1 @@
+"""Where adapters run: each host maps its own layers and batches to `flora.ops`."""

@@ -1,0 +1,33 @@
+"""A model and its tokenizer, from a folder or the hub."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flora.errors import UsageError
+
+
+def load_model(source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its tokenizer, padding on the left.
+
+    source: a folder or a repository of the hub; its own code is never run.
+    dtype:  of the weights; "auto" is what they are saved in.
+
+    Raises UsageError, in one line, where there is none.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise UsageError(f"there is no model folder {source!r}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"cannot load the model {source!r}: {reason}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer

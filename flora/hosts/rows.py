@@ -1,0 +1,142 @@
+"""Which adapter each row of a batch uses, and each token where a row changes over."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+from flora.errors import ShapeError, UnknownAdapterError
+from flora.ops.factors import BatchFactors
+
+BASE = "__base__"
+"""PEFT's name for no adapter; None says the same."""
+
+Span = tuple[str | None, int]
+RowAdapter = str | None | Sequence[Span]
+"""A row's adapter: a name, or (name, tokens) spans of which the last goes on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One forward of a batch: the group of each unit, a unit being a row or one of its columns.
+
+    rows, columns: the forward's shape. units: rows, or rows x columns.
+    """
+
+    batch: "Batch"
+    rows: int
+    columns: int
+    units: tuple[int, ...]
+
+    @property
+    def by_column(self) -> bool:
+        return len(self.units) != self.rows
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The adapters of a batch's rows, for as many forwards as they stay the same.
+
+    names:  the distinct adapters, one for each group; None for the base.
+    spans:  for each row its (group, tokens) spans, the last one open-ended.
+    lookup: (module, names) -> that layer's factors; asked once for each layer.
+    starts: the first column of each row that is not padding.
+    """
+
+    names: tuple[str | None, ...]
+    spans: tuple[tuple[tuple[int, int], ...], ...]
+    lookup: Callable[[str, tuple[str | None, ...]], BatchFactors | None]
+    starts: tuple[int, ...]
+    _factors: dict[str, BatchFactors | None] = field(default_factory=dict)
+    _calls: dict[tuple[int, int], Call] = field(default_factory=dict)
+
+    @cached_property
+    def only_base(self) -> bool:
+        return self.names == (None,)
+
+    def factors(self, module: str) -> BatchFactors | None:
+        if module not in self._factors:
+            self._factors[module] = self.lookup(module, self.names)
+        return self._factors[module]
+
+    def repeat(self, times: int) -> "Batch":
+        """The batch with every row `times` times, as beams and returned sequences are laid."""
+        if times == 1:
+            return self
+        spans = tuple(row for row in self.spans for _ in range(times))
+        starts = tuple(start for start in self.starts for _ in range(times))
+        return Batch(self.names, spans, self.lookup, starts, self._factors)
+
+    def call(self, rows: int, columns: int, first: int) -> Call:
+        """The forward of columns `first` to `first + columns` of all rows.
+
+        Raises ShapeError where the rows are not the batch's.
+        """
+        if rows != len(self.spans):
+            raise ShapeError(f"adapter_names has {len(self.spans)} entries, the batch {rows} rows")
+        last = all(first - start >= sum(n for _, n in row[:-1]) for row, start in self._positions())
+        key = columns, -1 if last else first
+        if key not in self._calls:
+            if last:
+                units = tuple(row[-1][0] for row in self.spans)
+            else:
+                units = tuple(
+                    _group_at(row, column - start)
+                    for row, start in self._positions()
+                    for column in range(first, first + columns)
+                )
+            self._calls[key] = Call(self, rows, columns, units)
+        return self._calls[key]
+
+    def _positions(self) -> Iterator[tuple[tuple[tuple[int, int], ...], int]]:
+        return zip(self.spans, self.starts, strict=True)
+
+
+def make_batch(
+    adapters: Sequence[RowAdapter],
+    known: Callable[[str], bool],
+    lookup: Callable[[str, tuple[str | None, ...]], BatchFactors | None],
+    attention_mask: Tensor | None = None,
+) -> Batch:
+    """Sort the rows' adapters into groups.
+
+    adapters:       one entry a row.
+    known:          whether there is an adapter of a name.
+    attention_mask: `[rows, columns]`, from which spans learn where a row's own tokens begin.
+
+    Raises UnknownAdapterError, and ShapeError for spans that hold more tokens than their row.
+    """
+    groups: dict[str | None, int] = {}
+    spans = []
+    for entry in adapters:
+        named = [(entry, 0)] if entry is None or isinstance(entry, str) else list(entry)
+        if not named or any(tokens < 0 for _, tokens in named):
+            raise ShapeError(f"a row's spans are (name, tokens), one at least; got {entry!r}")
+        for name, _ in named:
+            if name not in (None, BASE) and not known(name):
+                raise UnknownAdapterError(f"there is no adapter {name!r} on this model")
+        spans.append(
+            tuple(
+                (groups.setdefault(None if name == BASE else name, len(groups)), tokens)
+                for name, tokens in named
+            )
+        )
+    starts = [0] * len(spans)
+    if attention_mask is not None and any(len(row) > 1 for row in spans):
+        if attention_mask.ndim != 2 or attention_mask.shape[0] != len(spans):
+            raise ShapeError(f"spans need an attention_mask [rows, columns] of {len(spans)} rows")
+        starts = attention_mask.bool().int().argmax(dim=1).tolist()
+        for row, own in zip(spans, attention_mask.bool().sum(dim=1).tolist(), strict=True):
+            if len(row) > 1 and sum(tokens for _, tokens in row) > own:
+                raise ShapeError(f"a row's spans hold more tokens than its {own}")
+    return Batch(tuple(groups), tuple(spans), lookup, tuple(starts))
+
+
+def _group_at(row: tuple[tuple[int, int], ...], position: int) -> int:
+    """The group of a row's token; padding in front goes with the first span."""
+    for group, tokens in row[:-1]:
+        if position < tokens:
+            return group
+        position -= tokens
+    return row[-1][0]

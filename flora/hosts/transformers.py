@@ -1,0 +1,433 @@
+"""transformers, in process: the same model, whose rows name their adapters.
+
+Layers keep their class, their parameters and their place: only the instance's `forward` is set,
+as some models read `module.weight` themselves.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial, wraps
+from itertools import count
+from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flora.adapters.checkpoint import read_checkpoint
+from flora.adapters.core import Adapter
+from flora.bank import AdapterBank, LayerSpec
+from flora.errors import ShapeError, UsageError
+from flora.hosts.rows import Batch, Call, RowAdapter, make_batch
+from flora.ops import get_backend
+from flora.ops.adapted_linear import adapted_linear
+from flora.ops.factors import BatchFactors
+from flora.store import fetch
+
+HOST = "_flora_host"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def attach(
+    model: Model,
+    adapters: Mapping[str, str | os.PathLike[str] | Adapter],
+    *,
+    backend: str = "auto",
+    budget: int | None = None,
+) -> Model:
+    """Let each row of the model's batches use its own adapter.
+
+    The same model comes back; its `forward` and `generate` take `adapter_names=[…]`, one entry a
+    row: a name, `"__base__"` or None for none, or a list of (name, tokens) spans. A model that has
+    adapters already gets these beside them; a name that it has is given its new meaning.
+
+    model:    a transformers model; its linear layers are `nn.Linear`, or have a forward that is a
+              black box with `in_features` and `out_features`.
+    adapters: for each name a folder, a repository of the hub, or an Adapter.
+    backend:  of `flora.ops`; "auto" chooses by the device.
+    budget:   the most bytes that the adapters may take on the device.
+
+    Raises UsageError, InvalidAdapterError, OutOfBudgetError or BackendError; then the model is as
+    it was.
+    """
+    base = ModelBase(model)
+    read = {
+        name: source
+        if isinstance(source, Adapter)
+        else read_checkpoint(fetch(source), base).adapter()
+        for name, source in adapters.items()
+    }
+    host: Host | None = getattr(model, HOST, None)
+    source = host.source if host else ResidentAdapters(AdapterBank(base.specs, budget))
+    if not isinstance(source, ResidentAdapters):
+        raise UsageError("the model is in training; detach it first")
+    source.add(read)
+    if host is None:
+        patch(model, source, backend)
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Give the model back as it was before `attach`, bit for bit.
+
+    Raises UsageError where nothing is attached.
+    """
+    host: Host | None = getattr(model, HOST, None)
+    if host is None:
+        raise UsageError("the model has no adapters attached")
+    host.unpatch()
+    return model
+
+
+def merge(model: nn.Module, adapter: Adapter) -> None:
+    """Fold an adapter into a model's own weights.
+
+    Raises UsageError for a layer whose weight cannot be written, or is another module's too; then
+    nothing has changed.
+    """
+    modules = ModelBase(model).modules
+    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    for name in adapter.layers:
+        module = modules.get(name)
+        if module is None or not _is_plain(module):
+            raise UsageError(f"{name} cannot be merged into: it is no plain linear layer")
+        if uses[id(module.weight)] > 1:
+            raise UsageError(f"{name} cannot be merged into: its weight is another module's too")
+    for name, factors in adapter.layers.items():
+        weight = modules[name].weight
+        weight.data = factors.merge(weight.data)  # type: ignore[arg-type]
+        if factors.bias is not None:
+            modules[name].bias = nn.Parameter(factors.bias.to(weight.dtype), requires_grad=False)  # type: ignore[arg-type]
+
+
+class FactorSource(Protocol):
+    """Where a batch's factors come from: resident adapters, or those in training."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def factors(self, module: str, names: tuple[str | None, ...]) -> BatchFactors | None:
+        """A layer's factors for the adapters of these names; None where none touches it."""
+
+
+class ResidentAdapters:
+    """Adapters in a bank, by name."""
+
+    def __init__(self, bank: AdapterBank) -> None:
+        self.bank = bank
+        self.identities: dict[str, str] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.identities
+
+    def add(self, adapters: Mapping[str, Adapter]) -> None:
+        """Load adapters, all or none; each is pinned, as its name must go on to work."""
+        before = {resident.identity for resident in self.bank.residents}
+        try:
+            for adapter in adapters.values():
+                self.bank.load(adapter, pinned=True)
+        except BaseException:
+            for resident in self.bank.residents:
+                if resident.identity not in before:
+                    self.bank.unload(resident.identity)
+            raise
+        self.identities |= {name: adapter.identity for name, adapter in adapters.items()}
+        for resident in self.bank.residents:
+            if resident.identity not in self.identities.values():
+                self.bank.unload(resident.identity)
+
+    def factors(self, module: str, names: tuple[str | None, ...]) -> BatchFactors | None:
+        identities = [None if name is None else self.identities[name] for name in names]
+        return self.bank.factors(module, identities)
+
+
+class ModelBase:
+    """What the check of an adapter asks of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The linear layers by name."""
+        return {name: m for name, m in self.model.named_modules() if _is_linear(m)}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {name: (s.out_features, s.in_features) for name, s in self.specs.items()}
+
+    @cached_property
+    def head(self) -> str | None:
+        find = getattr(self.model, "get_output_embeddings", None)
+        head = find() if find else None
+        return next((name for name, m in self.modules.items() if m is head), None)
+
+    @cached_property
+    def specs(self) -> dict[str, LayerSpec]:
+        return {name: _spec(module, self.model) for name, module in self.modules.items()}
+
+
+def patch(model: nn.Module, source: FactorSource, backend: str = "auto") -> "Host":
+    """Set the forwards of a model and of its linear layers; `Host.unpatch` takes them back."""
+    if hasattr(model, HOST):
+        raise UsageError("the model has adapters attached; detach it first")
+    get_backend(backend, torch.device("cpu"))
+    return Host(model, source, backend)
+
+
+class Host:
+    """A patched model, and the batch that runs on it.
+
+    The batch is the model's state, so one model runs one batch at a time.
+    """
+
+    def __init__(self, model: nn.Module, source: FactorSource, backend: str) -> None:
+        self.model, self.source, self.backend = model, source, backend
+        self.call: Call | None = None
+        self._replayed: Call | None = None
+        self._generating: Batch | None = None
+        self._columns_done = 0
+        base = ModelBase(model)
+        self.layers = {
+            name: AdaptedLayer(self, name, module, is_head=name == base.head)
+            for name, module in base.modules.items()
+        }
+        self._patched = [
+            (layer.module, "forward", layer.wrapper()) for layer in self.layers.values()
+        ]
+        self._patched.append((model, "forward", self._wrap_forward(model.forward)))
+        if generate := getattr(model, "generate", None):
+            self._patched.append((model, "generate", self._wrap_generate(generate)))
+        self._before = [vars(module).get(name) for module, name, _ in self._patched]
+        for module, name, wrapper in self._patched:
+            vars(module)[name] = wrapper
+        vars(model)[HOST] = self
+
+    def unpatch(self) -> None:
+        for (module, name, _), before in zip(self._patched, self._before, strict=True):
+            if before is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = before
+        del vars(self.model)[HOST]
+
+    def current_call(self) -> Call | None:
+        """The call whose layer runs; in a backward (of checkpointed layers) the one replayed."""
+        return self._replayed if torch._C._current_graph_task_id() != -1 else self.call
+
+    def _batch(self, adapters: Sequence[RowAdapter], mask: Tensor | None) -> Batch:
+        return make_batch(adapters, self.source.__contains__, self.source.factors, mask)
+
+    def _wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        # Not traced itself: the rows' names would be compiled in. What it calls is compiled.
+        @wraps(forward)
+        @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+        def wrapper(
+            *args: Any, adapter_names: Sequence[RowAdapter] | None = None, **kwargs: Any
+        ) -> Any:
+            before = self.call
+            self.call = self._next_call(adapter_names, args, kwargs)
+            try:
+                output = forward(*args, **kwargs)
+                if torch.is_grad_enabled() and getattr(
+                    self.model, "is_gradient_checkpointing", False
+                ):
+                    self._replay_in_backward(output, self.call)
+                return output
+            finally:
+                self.call = before
+
+        return wrapper
+
+    def _next_call(
+        self, adapters: Sequence[RowAdapter] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call | None:
+        if adapters is None and self._generating is None:
+            return None
+        inputs = _first_tensor(args, kwargs, ("input_ids", "inputs_embeds"))
+        rows, columns = inputs.shape[:2]
+        if adapters is None and self._generating is not None:
+            batch, first = self._generating, self._columns_done
+            self._columns_done += columns
+        else:
+            mask = kwargs.get("attention_mask")
+            batch = self._batch(adapters or (), mask)
+            first = 0 if mask is None or mask.ndim != 2 else mask.shape[1] - columns
+        return None if batch.only_base else batch.call(rows, columns, first)
+
+    def _replay_in_backward(self, output: Any, call: Call | None) -> None:
+        """Set the call again when a backward comes through: checkpointed layers run once more."""
+
+        def forget() -> None:
+            self._replayed = None
+
+        def replay(_: Tensor) -> None:
+            self._replayed = call
+            torch.autograd.Variable._execution_engine.queue_callback(forget)
+
+        values = output.values() if isinstance(output, Mapping) else output
+        for value in values:
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(replay)
+
+    def _wrap_generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(generate)
+        def wrapper(
+            *args: Any, adapter_names: Sequence[RowAdapter] | None = None, **kwargs: Any
+        ) -> Any:
+            if adapter_names is None:
+                return generate(*args, **kwargs)
+            inputs = _first_tensor(args, kwargs, ("inputs", "input_ids", "inputs_embeds"))
+            if inputs.shape[0] != len(adapter_names):
+                raise ShapeError(
+                    f"adapter_names has {len(adapter_names)} entries, "
+                    f"the batch {inputs.shape[0]} rows"
+                )
+            with self._generate_batch(self._batch(adapter_names, kwargs.get("attention_mask"))):
+                return generate(*args, **kwargs)
+
+        return wrapper
+
+    @contextmanager
+    def _generate_batch(self, batch: Batch) -> Iterator[None]:
+        """Make a batch that of all forwards, its rows repeated where `generate` repeats them."""
+        expand = self.model._expand_inputs_for_generation
+
+        @wraps(expand)  # type: ignore[arg-type]
+        def follow(*args: Any, expand_size: int = 1, **kwargs: Any) -> Any:
+            self._generating = batch.repeat(expand_size)
+            return expand(*args, expand_size=expand_size, **kwargs)  # type: ignore[operator]
+
+        self._generating, self._columns_done = batch, 0
+        vars(self.model)["_expand_inputs_for_generation"] = follow
+        try:
+            yield
+        finally:
+            self._generating = None
+            del vars(self.model)["_expand_inputs_for_generation"]
+
+
+class AdaptedLayer:
+    """One linear layer: its own forward, or the operator where an adapter touches it."""
+
+    def __init__(self, host: Host, name: str, module: nn.Module, *, is_head: bool) -> None:
+        self.host, self.name, self.module, self.is_head = host, name, module, is_head
+        self.forward: Callable[[Tensor], Tensor] = module.forward
+        self.plain = _is_plain(module)
+        self.handle = next(_handles)
+        _layers[self.handle] = self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        call = self.host.current_call()
+        factors = None if call is None else call.batch.factors(self.name)
+        if call is None or factors is None:
+            return self.forward(x)
+        units, x_SNI = self._units(x, call)
+        y = adapted_linear(
+            x_SNI,
+            self._product,
+            factors,
+            units,
+            bias=getattr(self.module, "bias", None),
+            weight=self.module.weight if self.plain else None,  # type: ignore[arg-type]
+            backend=self.host.backend,
+        )
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def wrapper(self) -> Callable[[Tensor], Tensor]:
+        """The forward to set on the module; under compilation one opaque operator."""
+        outside = torch.compiler.disable(self)
+        handle, out_features = self.handle, int(self.module.out_features)  # type: ignore[arg-type]
+
+        @wraps(self.forward)
+        def forward(x: Tensor) -> Tensor:
+            if not torch.compiler.is_compiling():
+                return self(x)
+            if torch.is_grad_enabled():
+                return outside(x)  # type: ignore[no-any-return]
+            y: Tensor = torch.ops.flora.adapted_layer(x, handle, out_features)
+            return y
+
+        return forward
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.plain:
+            return F.linear(x, self.module.weight)  # type: ignore[arg-type]
+        bias = getattr(self.module, "bias", None)
+        y = self.forward(x)
+        return y if bias is None else y - bias
+
+    def _units(self, x: Tensor, call: Call) -> tuple[tuple[int, ...], Tensor]:
+        """The call's units, and x as `[units, tokens, in]`. Raises ShapeError for other shapes."""
+        tokens = x.numel() // x.shape[-1]
+        if x.shape[0] == call.rows or x.shape[0] == tokens == call.rows * call.columns:
+            columns = tokens // call.rows
+            if not call.by_column:
+                return call.units, x.reshape(call.rows, columns, x.shape[-1])
+            if columns == call.columns:
+                return call.units, x.reshape(tokens, 1, x.shape[-1])
+            if self.is_head and columns < call.columns:
+                # The models' own `logits_to_keep` counts from the end.
+                kept = [
+                    call.units[row * call.columns + column]
+                    for row in range(call.rows)
+                    for column in range(call.columns - columns, call.columns)
+                ]
+                return tuple(kept), x.reshape(tokens, 1, x.shape[-1])
+        raise ShapeError(
+            f"{self.name} was given the shape {list(x.shape)}, which says nothing of whose tokens "
+            f"these are in a batch of {call.rows} rows of {call.columns}; leave this layer out"
+        )
+
+
+_handles = count()
+_layers: WeakValueDictionary[int, AdaptedLayer] = WeakValueDictionary()
+_library = torch.library.Library("flora", "DEF")
+_library.define("adapted_layer(Tensor x, int layer, int out_features) -> Tensor")
+
+
+@partial(_library.impl, "adapted_layer", dispatch_key="CompositeExplicitAutograd")
+def _adapted_layer(x: Tensor, layer: int, out_features: int) -> Tensor:  # noqa: ARG001
+    """A layer behind a number: compiled code reads the batch as it runs, not as it is traced."""
+    y = _layers[layer](x)
+    return y.clone() if y is x else y
+
+
+@partial(torch.library.register_fake, "flora::adapted_layer")
+def _adapted_layer_shape(x: Tensor, layer: int, out_features: int) -> Tensor:  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) for size in sizes)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer is just its weight's product, so that its weight may be read."""
+    return type(module) is nn.Linear and "forward" not in vars(module)
+
+
+def _spec(module: nn.Module, model: nn.Module) -> LayerSpec:
+    tensor = next(module.parameters(), None)
+    if tensor is None:
+        tensor = next(model.parameters())
+    dtype = tensor.dtype if tensor.is_floating_point() else model.dtype
+    return LayerSpec(
+        out_features=module.out_features,  # type: ignore[arg-type]
+        in_features=module.in_features,  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]
+        device=tensor.device,
+    )
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> Tensor:
+    """A model's input among a call's arguments."""
+    given = [*(kwargs.get(name) for name in names), *args[:1]]
+    found = [value for value in given if isinstance(value, Tensor)]
+    if not found:
+        raise ShapeError(f"adapter_names needs the batch as a tensor: {' or '.join(names)}")
+    return found[0]
