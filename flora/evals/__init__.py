@@ -1,0 +1,1 @@
+"""Evaluations, and what they need to judge an answer."""
