@@ -1,0 +1,1 @@
+"""Measurements: systems in turns, in one run, with the machine and the versions beside them."""

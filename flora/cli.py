@@ -1,0 +1,52 @@
+"""The command `flora`: dispatches, and turns every error of a user's into one line."""
+
+import os
+import sys
+from importlib import import_module
+
+import typer
+
+from flora.errors import FloraError, UsageError
+
+COMMANDS = {
+    "demo": "flora.commands.demo",
+    "generate": "flora.commands.generate",
+    "inspect": "flora.commands.inspect",
+    "merge": "flora.commands.merge",
+    "train": "flora.commands.train",
+}
+
+app = typer.Typer(
+    help="Batched low-rank adaptation: one batch, each row with its own adapter.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for _name, _module in COMMANDS.items():
+    app.command(_name)(import_module(_module).command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command line. Exit code 0: done, 1: the work failed, 2: wrong usage."""
+    try:
+        code = app(arguments, prog_name="flora", standalone_mode=False)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except FloraError as error:
+        code = _fail(error, 2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except KeyboardInterrupt:
+        code = _fail("stopped", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own: wrong options and arguments
+            raise
+        code = _fail(f"{error.format_message()} (see flora --help)", 2)
+    sys.exit(code)
+
+
+def _fail(reason: object, code: int) -> int:
+    print("flora:", " ".join(str(reason).split()), file=sys.stderr)  # noqa: T201
+    return code

@@ -1,0 +1,125 @@
+"""`flora generate`: prompts in, answers out, each line by its own adapter, in mixed batches."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A folder or a repository of the hub.")],
+    adapters: Annotated[
+        str, typer.Option(help="A folder of adapters, named by their folders; or one adapter.")
+    ],
+    input: Annotated[  # noqa: A002
+        str,
+        typer.Option(
+            help='JSONL, "-" for standard input: {"adapter": name or null, "prompt": text}, '
+            'or "messages" in place of "prompt".'
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write; standard output if not.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+) -> None:
+    """Answer each line of a JSONL file by its own adapter; the results come in the same order.
+
+    A line that does not hold has its error as its result, and the exit code is 1 at the end.
+    """
+    import flora
+    from flora.adapters.checkpoint import find_adapters
+    from flora.errors import FloraError, UsageError
+    from flora.hosts.loading import load_model
+    from flora.store import fetch
+
+    if input != "-" and not Path(input).is_file():
+        raise UsageError(f"there is no input file {input!r}")
+    folders = find_adapters(fetch(adapters))
+    base_model, tokenizer = load_model(model)
+    flora.attach(base_model, folders)
+
+    settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        from transformers import set_seed
+
+        set_seed(seed)
+        settings["temperature"] = temperature
+
+    seen = failed = 0
+    with (
+        nullcontext(sys.stdin) if input == "-" else Path(input).open() as source,
+        nullcontext(sys.stdout) if output is None else output.open("w") as sink,
+    ):
+        for batch in _batches(source, rows):
+            requests = [_request(line, folders, tokenizer) for line in batch]
+            good = [request for request in requests if "error" not in request]
+            _answer(base_model, tokenizer, good, settings)
+            for request in requests:
+                request.pop("_text", None)
+                sink.write(json.dumps(request, ensure_ascii=False) + "\n")
+            sink.flush()
+            seen += len(requests)
+            failed += len(requests) - len(good)
+    if not seen:
+        raise FloraError(f"{input!r} holds no line")
+    if failed:
+        raise FloraError(f"{failed} of {seen} lines failed; their results say why")
+
+
+def _batches(source: Iterable[str], rows: int) -> Iterator[list[str]]:
+    lines = (line for line in source if line.strip())
+    while batch := list(islice(lines, rows)):
+        yield batch
+
+
+def _request(line: str, folders: dict[str, Path], tokenizer: Any) -> dict[str, Any]:
+    """A line's request with the text to go on from as `_text`, or its error."""
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return {"error": f"not JSON: {error}", "line": line.strip()}
+    if not isinstance(request, dict):
+        return {"error": "not a JSON object", "line": line.strip()}
+    name, prompt, messages = (request.get(key) for key in ("adapter", "prompt", "messages"))
+    if name is not None and name not in folders:
+        return request | {"error": f"there is no adapter {name!r}"}
+    if isinstance(prompt, str) and prompt:
+        return request | {"_text": prompt}
+    if messages is not None:
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # the template is the model's own, and raises what it likes
+            return request | {"error": f"messages do not fit the chat template: {error}"}
+        return request | {"_text": text}
+    return request | {"error": "no prompt"}
+
+
+def _answer(
+    model: Any, tokenizer: Any, requests: list[dict[str, Any]], settings: dict[str, Any]
+) -> None:
+    """Set each request's `text`."""
+    if not requests:
+        return
+    batch = tokenizer([r["_text"] for r in requests], return_tensors="pt", padding=True)
+    output = model.generate(
+        **batch.to(model.device),
+        adapter_names=[r.get("adapter") for r in requests],
+        pad_token_id=tokenizer.pad_token_id,
+        **settings,
+    )
+    answers = tokenizer.batch_decode(
+        output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    for request, answer in zip(requests, answers, strict=True):
+        request["text"] = answer

@@ -1,0 +1,56 @@
+"""`flora inspect`: what an adapter's folder holds, or what is wrong with it."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    path: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write the same as JSON to this file.")
+    ] = None,
+) -> None:
+    """Show an adapter's kind, ranks, modules, bytes, hash and base; exit 1 if it is invalid."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flora.adapters.checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(path)
+    adapter = checkpoint.adapter()
+    by_ending: dict[tuple[str, int, int], int] = {}
+    for module, factors in adapter.layers.items():
+        key = module.rpartition(".")[2], factors.pairs, factors.rank
+        by_ending[key] = by_ending.get(key, 0) + 1
+    modules = [
+        {"module": ending, "layers": layers, "pairs": pairs, "rank": rank}
+        for (ending, pairs, rank), layers in sorted(by_ending.items())
+    ]
+    record = {
+        "path": str(path),
+        "kind": checkpoint.kind,
+        "config": json.loads(checkpoint.config.arithmetic()),
+        "base_model": checkpoint.base_model,
+        "bytes": adapter.nbytes,
+        "identity": checkpoint.identity,
+        "modules": modules,
+    }
+    if as_json:
+        as_json.write_text(json.dumps([record], indent=2) + "\n")
+
+    console = Console()
+    facts = Table(show_header=False, box=None)
+    facts.add_row("kind", checkpoint.kind)
+    for key, value in record["config"].items():
+        facts.add_row(key, json.dumps(value))
+    facts.add_row("base model", checkpoint.base_model or "not said")
+    facts.add_row("bytes", f"{adapter.nbytes:,}")
+    facts.add_row("hash", checkpoint.identity)
+    console.print(facts)
+    table = Table("module", "layers", "Hadamard pairs (h)", "additive rank (l)")
+    for row in modules:
+        table.add_row(*(str(value) for value in row.values()))
+    console.print(table)

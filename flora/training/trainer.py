@@ -1,0 +1,191 @@
+"""Joint training: one forward and backward for rows of many adapters, each with its own optimiser.
+
+An adapter's gradient is that which it would get alone on its rows: the loss is the sum over
+adapters of each one's own mean, and no parameter is shared.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
+
+from flora.adapters.checkpoint import Checkpoint, Params, parse_config, write_checkpoint
+from flora.adapters.core import LayerFactors
+from flora.adapters.kinds import get_kind
+from flora.adapters.targets import AdapterConfig, shortest_targets, targeted
+from flora.bank import join_factors
+from flora.errors import FloraError, UsageError
+from flora.hosts.transformers import ModelBase, patch
+from flora.ops.factors import BatchFactors
+from flora.training.data import IGNORED, RowBatch, derive_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecipe:
+    """How one adapter is trained.
+
+    kind, config:  its PEFT type and that kind's config.
+    learning_rate: of AdamW; FLoRA likes about 8e-3, LoRA 1e-4 to 1e-3.
+    weight_decay:  of AdamW; it draws to zero, which for a FLoRA is not the identity.
+    """
+
+    kind: str
+    config: AdapterConfig
+    learning_rate: PositiveFloat
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class TrainedAdapters:
+    """Adapters whose factors are filled anew at each step from their parameters."""
+
+    def __init__(self, model: nn.Module, recipes: Mapping[str, AdapterRecipe], seed: int) -> None:
+        self.recipes = recipes
+        self.base = ModelBase(model)
+        self.params: dict[str, Params] = {}
+        for name, recipe in recipes.items():
+            modules = sorted(targeted(recipe.config, self.base))
+            if not modules:
+                raise UsageError(f"{name}: target_modules mean no linear layer of the model")
+            generator = torch.Generator().manual_seed(derive_seed(seed, name))
+            self.params[name] = {
+                module: self._start(recipe, module, generator) for module in modules
+            }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.params
+
+    def factors(self, module: str, names: tuple[str | None, ...]) -> BatchFactors | None:
+        layers = [None if name is None else self._fill(name, module) for name in names]
+        if not any(layers):
+            return None
+        return join_factors(layers, self.base.specs[module].dtype)
+
+    def leaves(self, name: str) -> list[Tensor]:
+        """An adapter's parameters."""
+        return [tensor for own in self.params[name].values() for tensor in own.values()]
+
+    def checkpoint(self, name: str, base_model: str | None) -> Checkpoint:
+        """An adapter as its folder holds it, on the CPU."""
+        recipe, params = self.recipes[name], self.params[name]
+        targets = {"target_modules": shortest_targets(params, self.base)}
+        return Checkpoint(
+            kind=recipe.kind,
+            config=recipe.config.model_copy(update=targets),
+            params={m: {n: t.detach().cpu() for n, t in own.items()} for m, own in params.items()},
+            base_model=base_model,
+        )
+
+    def _start(
+        self, recipe: AdapterRecipe, module: str, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        spec = self.base.specs[module]
+        exact = torch.promote_types(spec.dtype, torch.float32)
+        start = get_kind(recipe.kind).init(
+            recipe.config, module, self.base.shapes[module], generator
+        )
+        return {n: t.to(spec.device, exact).requires_grad_() for n, t in start.items()}
+
+    def _fill(self, name: str, module: str) -> LayerFactors | None:
+        params = self.params[name].get(module)
+        if params is None:
+            return None
+        recipe = self.recipes[name]
+        return get_kind(recipe.kind).fill(recipe.config, module, params)
+
+
+class JointTrainer:
+    """Trains adapters of any trainable kinds on one model.
+
+    The model is frozen and stays in evaluation mode: its dropout would differ with who trains
+    beside whom. Use it as a context manager, or call `close`: the model is then as it was before.
+    """
+
+    def __init__(
+        self, model: nn.Module, recipes: Mapping[str, AdapterRecipe], seed: int = 0
+    ) -> None:
+        self.model = model
+        self.adapters = TrainedAdapters(model, recipes, seed)
+        self.optimizer = torch.optim.AdamW(
+            {
+                "params": self.adapters.leaves(name),
+                "lr": recipe.learning_rate,
+                "weight_decay": recipe.weight_decay,
+            }
+            for name, recipe in recipes.items()
+        )
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
+        self._host = patch(model, self.adapters)
+        model.requires_grad_(False)
+        model.eval()
+
+    def step(self, batch: RowBatch) -> dict[str, float]:
+        """One step of every adapter that the batch names; the mean loss of each, before the step.
+
+        Raises FloraError where a loss is not finite; then no adapter has changed.
+        """
+        self.optimizer.zero_grad()
+        losses = self.losses(batch)
+        values = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
+        if bad := [name for name, value in values.items() if not abs(value) < float("inf")]:
+            raise FloraError(f"the loss of {', '.join(bad)} is not finite: lower the learning rate")
+        torch.stack([*losses.values()]).sum().backward()
+        self.optimizer.step()
+        return values
+
+    def losses(self, batch: RowBatch) -> dict[str, Tensor]:
+        """Each adapter's mean cross entropy over its own learned tokens of a batch."""
+        device = next(self.model.parameters()).device
+        logits = self.model(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            adapter_names=batch.adapters,
+            use_cache=False,
+        ).logits
+        targets = batch.labels[:, 1:].to(device)
+        learned = targets != IGNORED
+        chosen = logits[:, :-1][learned]
+        loss = F.cross_entropy(
+            chosen.to(torch.promote_types(chosen.dtype, torch.float32)),
+            targets[learned],
+            reduction="none",
+        )
+        names = list(dict.fromkeys(batch.adapters))
+        rows = torch.tensor([names.index(name) for name in batch.adapters], device=device)
+        owner = rows.unsqueeze(1).expand_as(learned)[learned]
+        totals = loss.new_zeros(len(names)).index_add(0, owner, loss)
+        means = totals / owner.bincount(minlength=len(names)).clamp(min=1)
+        return dict(zip(names, means.unbind(), strict=True))
+
+    def save(self, folder: str | os.PathLike[str], base_model: str | None = None) -> None:
+        """Write every adapter as `folder/<name>`, in PEFT's layout."""
+        for name in self.adapters.params:
+            write_checkpoint(Path(folder, name), self.adapters.checkpoint(name, base_model))
+
+    def close(self) -> None:
+        """Give the model back."""
+        self._host.unpatch()
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+
+    def __enter__(self) -> "JointTrainer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def parse_recipe(raw: Mapping[str, Any]) -> AdapterRecipe:
+    """A recipe from its settings: the kind's `adapter_config.json` keys, and the optimiser's."""
+    optimiser = {k: float(raw[k]) for k in ("learning_rate", "weight_decay") if k in raw}
+    if "learning_rate" not in optimiser:
+        raise UsageError("learning_rate is missing")
+    kind, config = parse_config({k: v for k, v in raw.items() if k not in optimiser})
+    if config.target_modules is None:
+        config = config.model_copy(update={"target_modules": "all-linear"})
+    return AdapterRecipe(kind=kind, config=config, **optimiser)
