@@ -30,7 +30,7 @@ for _name, _module in COMMANDS.items():
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line. Exit code 0: done, 1: the work failed, 2: wrong usage."""
     try:
-        code = app(arguments, prog_name="flora", standalone_mode=False)
+        code = app(arguments, prog_name="flora", standalone_mode=False) or 0
     except typer.Exit as stop:
         code = stop.exit_code
     except FloraError as error:

@@ -1,5 +1,21 @@
 """Every error that flora raises for a user, each also the standard class that it stands for."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+def faults(error: "ValidationError") -> str:
+    """All that pydantic found wrong, in one line: each key with its value and what is expected."""
+    found = []
+    for fault in error.errors():
+        place = ".".join(map(str, fault["loc"]))
+        if fault["type"] not in ("missing", "extra_forbidden") and place:
+            place += f" = {fault['input']!r:.80}"
+        found.append(f"{place}: {fault['msg']}" if place else fault["msg"])
+    return "; ".join(found)
+
 
 class FloraError(Exception):
     """Base of all of them; its text is one line that says what to do."""

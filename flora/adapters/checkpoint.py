@@ -22,7 +22,7 @@ from torch import Tensor
 from flora.adapters.core import Adapter, Base, identity_of
 from flora.adapters.kinds import get_kind
 from flora.adapters.targets import AdapterConfig, targeted
-from flora.errors import InvalidAdapterError, UsageError
+from flora.errors import InvalidAdapterError, UsageError, faults
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -88,14 +88,7 @@ def parse_config(raw: Mapping[str, Any]) -> tuple[str, AdapterConfig]:
     try:
         return raw["peft_type"].upper(), kind.Config(**known)
     except ValidationError as error:
-        faults = []
-        for fault in error.errors():
-            found = f"{'.'.join(map(str, fault['loc']))} = {fault['input']!r:.80}"
-            if fault["type"] == "extra_forbidden":
-                faults.append(f"{found} is not supported for {raw['peft_type']}")
-            else:
-                faults.append(f"{found}: {fault['msg']}")
-        raise InvalidAdapterError("; ".join(faults)) from None
+        raise InvalidAdapterError(f"{CONFIG_FILE}: {faults(error)}") from None
 
 
 def read_checkpoint(

@@ -146,7 +146,7 @@ def _answer(base: Any, tokenizer: Any, adapters: dict[str, Any], prompt: str) ->
 
 
 def _speeds(base: Any, tokenizer: Any, adapters: dict[str, Any], prompt: str) -> dict[str, float]:
-    """Tokens per second of the base, of flora, and of PEFT with LoRA of the same layers and rank."""
+    """Tokens per second of the base, of flora, and of PEFT with LoRA of the same layers."""
     from peft import LoraConfig, get_peft_model
 
     import flora

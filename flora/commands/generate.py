@@ -90,7 +90,7 @@ def _request(line: str, folders: dict[str, Path], tokenizer: Any) -> dict[str, A
     if not isinstance(request, dict):
         return {"error": "not a JSON object", "line": line.strip()}
     name, prompt, messages = (request.get(key) for key in ("adapter", "prompt", "messages"))
-    if name is not None and name not in folders:
+    if name is not None and not (isinstance(name, str) and name in folders):
         return request | {"error": f"there is no adapter {name!r}"}
     if isinstance(prompt, str) and prompt:
         return request | {"_text": prompt}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from flora.errors import FloraError, UsageError
+from flora.errors import UsageError, faults
 
 
 class Config(BaseModel):
@@ -57,7 +57,7 @@ def command(
             raise UsageError(f"{config}: {name!r} cannot be a folder's name")
         try:
             recipes[name] = parse_recipe(raw)
-        except (FloraError, ValueError) as error:
+        except UsageError as error:
             raise UsageError(f"{config}: adapters.{name}: {error}") from None
     examples = read_examples(settings.data)
     if unknown := sorted({example.adapter for example in examples} - set(recipes)):
@@ -86,10 +86,8 @@ def read_config(path: Path) -> Config:
     try:
         return Config(**raw)
     except (ValidationError, TypeError) as error:
-        known = f"; the keys are {', '.join(Config.model_fields)}"
-        faults = error.errors() if isinstance(error, ValidationError) else []
-        said = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults]
-        raise UsageError(f"{path}: {'; '.join(said) or error}{known}") from None
+        said = faults(error) if isinstance(error, ValidationError) else error
+        raise UsageError(f"{path}: {said}; the keys are {', '.join(Config.model_fields)}") from None
 
 
 def train(

@@ -211,4 +211,5 @@ def _index(numbers: Numbers, device: torch.device) -> Index:
         return None
     if numbers == tuple(range(numbers[0], numbers[0] + len(numbers))):
         return slice(numbers[0], numbers[0] + len(numbers))
-    return torch.tensor(numbers, device=device)
+    with torch.inference_mode(False):  # a plan outlives the call, and may serve a training
+        return torch.tensor(numbers, device=device)

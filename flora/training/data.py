@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from flora.errors import UsageError
+from flora.errors import UsageError, faults
 
 IGNORED = -100
 """The label of a token that is not learned: the prompt's, and padding."""
@@ -65,8 +65,10 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
             continue
         try:
             examples.append(Example(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{path}, line {number}: {_reason(error)}") from None
+        except ValidationError as error:
+            raise UsageError(f"{path}, line {number}: {faults(error)}") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UsageError(f"{path}, line {number}: {error}") from None
     if not examples:
         raise UsageError(f"{path} holds no example")
     return examples
@@ -136,11 +138,3 @@ def _draw(rows: Sequence[Row], seed: int) -> Iterator[Row]:
     while True:
         shuffle(order)
         yield from order
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        return "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}" for e in error.errors()
-        )
-    return str(error)

@@ -6,34 +6,34 @@ adapters of each one's own mean, and no parameter is shared.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, ValidationError
 from torch import Tensor, nn
 
 from flora.adapters.checkpoint import Checkpoint, Params, parse_config, write_checkpoint
 from flora.adapters.core import LayerFactors
 from flora.adapters.kinds import get_kind
-from flora.adapters.targets import AdapterConfig, shortest_targets, targeted
+from flora.adapters.targets import ALL_LINEAR, AdapterConfig, shortest_targets, targeted
 from flora.bank import join_factors
-from flora.errors import FloraError, UsageError
+from flora.errors import FloraError, InvalidAdapterError, UsageError, faults
 from flora.hosts.transformers import ModelBase, patch
 from flora.ops.factors import BatchFactors
 from flora.training.data import IGNORED, RowBatch, derive_seed
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterRecipe:
+class AdapterRecipe(BaseModel):
     """How one adapter is trained.
 
     kind, config:  its PEFT type and that kind's config.
     learning_rate: of AdamW; FLoRA likes about 8e-3, LoRA 1e-4 to 1e-3.
     weight_decay:  of AdamW; it draws to zero, which for a FLoRA is not the identity.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
     config: AdapterConfig
@@ -181,11 +181,17 @@ class JointTrainer:
 
 
 def parse_recipe(raw: Mapping[str, Any]) -> AdapterRecipe:
-    """A recipe from its settings: the kind's `adapter_config.json` keys, and the optimiser's."""
-    optimiser = {k: float(raw[k]) for k in ("learning_rate", "weight_decay") if k in raw}
-    if "learning_rate" not in optimiser:
-        raise UsageError("learning_rate is missing")
-    kind, config = parse_config({k: v for k, v in raw.items() if k not in optimiser})
-    if config.target_modules is None:
-        config = config.model_copy(update={"target_modules": "all-linear"})
-    return AdapterRecipe(kind=kind, config=config, **optimiser)
+    """A recipe from its settings: the kind's `adapter_config.json` keys, and the optimiser's.
+
+    Without `target_modules` it is for all linear layers. Raises UsageError for what does not hold.
+    """
+    optimiser = {k: raw[k] for k in ("learning_rate", "weight_decay") if k in raw}
+    try:
+        kind, config = parse_config({k: v for k, v in raw.items() if k not in optimiser})
+        if config.target_modules is None:
+            config = config.model_copy(update={"target_modules": ALL_LINEAR})
+        return AdapterRecipe(kind=kind, config=config, **optimiser)
+    except InvalidAdapterError as error:
+        raise UsageError(str(error)) from None
+    except ValidationError as error:
+        raise UsageError(faults(error)) from None

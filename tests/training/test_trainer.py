@@ -1,0 +1,155 @@
+"""Joint training gives each adapter what it would get alone."""
+
+import copy
+
+import pytest
+import torch
+
+from flora.adapters.checkpoint import read_checkpoint
+from flora.errors import FloraError, UsageError
+from flora.training.data import Row, RowStream, collate
+from flora.training.trainer import JointTrainer, parse_recipe
+from tests.tiny import tiny_llama
+
+RECIPES = {
+    "one": {"peft_type": "FLORA", "r": 1, "learning_rate": 8e-3},
+    "three": {"peft_type": "FLORA", "r": 3, "learning_rate": 2e-3, "weight_decay": 0.01},
+    "add": {
+        "peft_type": "LORA",
+        "r": 4,
+        "use_rslora": True,
+        "learning_rate": 1e-3,
+        "target_modules": ["q_proj", "down_proj"],
+    },
+}
+
+
+def random_rows(names, count=5, vocabulary=64):
+    """Rows of unequal length, a few of each adapter."""
+    generator = torch.Generator().manual_seed(3)
+
+    def row(name):
+        length = int(torch.randint(4, 12, (), generator=generator))
+        tokens = torch.randint(1, vocabulary, (length,), generator=generator).tolist()
+        return Row(adapter=name, tokens=tokens, labels=tokens)
+
+    return {name: [row(name) for _ in range(count)] for name in names}
+
+
+def train(model, names, rows, steps=20):
+    recipes = {name: parse_recipe(RECIPES[name]) for name in names}
+    stream = RowStream({name: rows[name] for name in names}, 2, seed=5)
+    history = []
+    with JointTrainer(model, recipes, seed=7) as trainer:
+        for _, batch in zip(range(steps), stream, strict=False):
+            history.append(trainer.step(collate(batch, pad=0)))
+        weights = {
+            name: {
+                f"{module}.{key}": tensor.detach().clone()
+                for module, own in trainer.adapters.params[name].items()
+                for key, tensor in own.items()
+            }
+            for name in names
+        }
+    return weights, history
+
+
+def test_joint_training_gives_the_weights_of_training_alone():
+    model = tiny_llama(dtype=torch.float64)
+    rows = random_rows(RECIPES)
+    joint, history = train(model, list(RECIPES), rows)
+    for name in RECIPES:
+        alone, alone_history = train(model, [name], rows)
+        for key, tensor in alone[name].items():
+            torch.testing.assert_close(joint[name][key], tensor, rtol=0, atol=1e-8)
+        for together, single in zip(history, alone_history, strict=True):
+            assert together[name] == pytest.approx(single[name], abs=1e-8)
+        start = parse_recipe(RECIPES[name])
+        with JointTrainer(model, {name: start}, seed=7) as untrained:
+            first = untrained.adapters.leaves(name)
+        moved = [(a - b).abs().max() for a, b in zip(alone[name].values(), first, strict=True)]
+        assert min(moved) > 1e-4
+
+
+def test_an_adapter_that_is_not_in_the_batch_does_not_move():
+    model, rows = tiny_llama(), random_rows(RECIPES)
+    recipes = {name: parse_recipe(RECIPES[name]) for name in RECIPES}
+    with JointTrainer(model, recipes) as trainer:
+        before = [leaf.detach().clone() for leaf in trainer.adapters.leaves("three")]
+        trainer.step(collate(rows["one"] + rows["add"], pad=0))
+        after = trainer.adapters.leaves("three")
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_loss_is_each_adapters_own_mean():
+    model = tiny_llama()
+    rows = random_rows(["one", "three"])
+    mixed = [rows["one"][0], rows["three"][0], rows["three"][1]]
+    recipes = {name: parse_recipe(RECIPES[name]) for name in ("one", "three")}
+    with JointTrainer(model, recipes) as trainer, torch.no_grad():
+        losses = trainer.losses(collate(mixed, pad=0))
+    # Both start as the identity, so the base model's own loss is the truth.
+    for name, own in (("one", mixed[:1]), ("three", mixed[1:])):
+        total = count = 0.0
+        for row in own:
+            ids = torch.tensor([row.tokens])
+            n = len(row.tokens) - 1
+            total += model(ids, labels=ids).loss.item() * n
+            count += n
+        assert losses[name].item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_model_is_given_back():
+    model = tiny_llama()
+    model.lm_head.weight.requires_grad_(False)
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = copy.deepcopy(model.state_dict())
+    train(model, list(RECIPES), random_rows(RECIPES), steps=2)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert not hasattr(model, "_flora_host")
+
+
+def test_a_loss_that_is_not_finite_changes_no_adapter():
+    model = tiny_llama()
+    rows = random_rows(["one", "three"])
+    recipes = {name: parse_recipe(RECIPES[name]) for name in ("one", "three")}
+    with JointTrainer(model, recipes) as trainer:
+        with torch.no_grad():
+            trainer.adapters.leaves("three")[0].fill_(float("nan"))
+        before = [leaf.detach().clone() for leaf in trainer.adapters.leaves("one")]
+        with pytest.raises(FloraError, match="loss of three is not finite"):
+            trainer.step(collate(rows["one"] + rows["three"], pad=0))
+        after = trainer.adapters.leaves("one")
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_what_is_saved_is_read_by_us_and_by_peft(tmp_path):
+    from peft import PeftModel
+
+    import flora
+    import flora.tuner  # registers FLORA with PEFT
+
+    model, rows = tiny_llama(), random_rows(RECIPES)
+    recipes = {name: parse_recipe(RECIPES[name]) for name in RECIPES}
+    with JointTrainer(model, recipes) as trainer:
+        for _ in range(3):
+            trainer.step(collate([row for own in rows.values() for row in own], pad=0))
+        trainer.save(tmp_path)
+    ids = torch.tensor([rows["one"][0].tokens])
+    flora.attach(model, {name: tmp_path / name for name in RECIPES})
+    for name in RECIPES:
+        with torch.no_grad():
+            ours = model(ids, adapter_names=[name]).logits
+            reader = PeftModel.from_pretrained(tiny_llama(), tmp_path / name)
+            assert (ours - model(ids).logits).abs().max() > 1e-4
+            torch.testing.assert_close(reader(ids).logits, ours, rtol=1e-4, atol=1e-5)
+    assert read_checkpoint(tmp_path / "add").config.target_modules == ["down_proj", "q_proj"]
+
+
+def test_mistakes_are_one_line():
+    with pytest.raises(UsageError, match="learning_rate: Field required"):
+        parse_recipe({"peft_type": "FLORA"})
+    recipe = parse_recipe(RECIPES["one"] | {"target_modules": ["nothing"]})
+    with pytest.raises(UsageError, match="x: target_modules mean no linear layer"):
+        JointTrainer(tiny_llama(), {"x": recipe})
