@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-LANGUAGES = ("ruby", "perl", "rust", "haskell", "scheme", "bash", "ocaml", "cpp")
+LANGUAGES = ("ruby", "perl", "rust", "haskell", "scheme", "bash", "ocaml", "php")
 PROMPT = "# Compute the factorial of n\n"
-STEPS = 60
+STEPS = 90
 ROW_TOKENS = 64
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 6e-3
 ANSWER_TOKENS = 64
 SPEED_TOKENS = 32
 REPEATS = 3
