@@ -19,7 +19,6 @@ COMMANDS = {
 app = typer.Typer(
     help="Batched low-rank adaptation: one batch, each row with its own adapter.",
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )

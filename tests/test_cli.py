@@ -96,6 +96,7 @@ def test_every_command_has_help(capsys):
 
 
 def test_wrong_usage_is_exit_code_2(capsys, folder):
+    fails(capsys, 2, "Missing command")
     fails(capsys, 2, "No such command", "nothing")
     fails(capsys, 2, "Missing argument", "inspect")
     fails(capsys, 2, "No such option", "inspect", folder / "adapters/ruby", "--what")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 LANGUAGES = ("ruby", "perl", "rust", "haskell", "scheme", "bash", "ocaml", "php")
-PROMPT = "# Compute the factorial of n\n"
+PROMPT = "# Compute the factorial of n"
 STEPS = 90
 ROW_TOKENS = 64
 LEARNING_RATE = 6e-3
@@ -27,7 +27,7 @@ def command(
     text: Annotated[
         Path | None, typer.Option(help="A folder with <language>/<files> to train on.")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="What all eight answer.")] = PROMPT,
+    prompt: Annotated[str, typer.Option(help="The line that all eight go on from.")] = PROMPT,
     as_json: Annotated[
         Path | None, typer.Option("--json", help="Keep all of it as JSON in this file.")
     ] = None,
@@ -129,7 +129,7 @@ def _answer(base: Any, tokenizer: Any, adapters: dict[str, Any], prompt: str) ->
     import flora
 
     flora.attach(base, adapters)
-    batch = tokenizer([prompt] * len(adapters), return_tensors="pt").to(base.device)
+    batch = tokenizer([f"{prompt}\n"] * len(adapters), return_tensors="pt").to(base.device)
     output = base.generate(
         **batch,
         adapter_names=list(adapters),
@@ -162,7 +162,7 @@ def _speeds(base: Any, tokenizer: Any, adapters: dict[str, Any], prompt: str) ->
     for name in names[1:]:
         peft_model.add_adapter(name, config)
     flora_model = flora.attach(copy.deepcopy(base), adapters)
-    batch = tokenizer([prompt] * len(names), return_tensors="pt").to(base.device)
+    batch = tokenizer([f"{prompt}\n"] * len(names), return_tensors="pt").to(base.device)
 
     def generate(model: Any, **more: Any) -> Callable[[], int]:
         def run() -> int:

@@ -55,6 +55,11 @@ class Batch:
     def only_base(self) -> bool:
         return self.names == (None,)
 
+    @cached_property
+    def by_column(self) -> bool:
+        """Whether a row changes over from one adapter to another."""
+        return any(len(row) > 1 for row in self.spans)
+
     def factors(self, module: str) -> BatchFactors | None:
         if module not in self._factors:
             self._factors[module] = self.lookup(module, self.names)

@@ -54,6 +54,7 @@ def attach(
     Raises UsageError, InvalidAdapterError, OutOfBudgetError or BackendError; then the model is as
     it was.
     """
+    get_backend(backend, torch.device("cpu"))
     base = ModelBase(model)
     read = {
         name: source
@@ -174,7 +175,6 @@ def patch(model: nn.Module, source: FactorSource, backend: str = "auto") -> "Hos
     """Set the forwards of a model and of its linear layers; `Host.unpatch` takes them back."""
     if hasattr(model, HOST):
         raise UsageError("the model has adapters attached; detach it first")
-    get_backend(backend, torch.device("cpu"))
     return Host(model, source, backend)
 
 
@@ -189,7 +189,6 @@ class Host:
         self.call: Call | None = None
         self._replayed: Call | None = None
         self._generating: Batch | None = None
-        self._columns_done = 0
         base = ModelBase(model)
         self.layers = {
             name: AdaptedLayer(self, name, module, is_head=name == base.head)
@@ -250,12 +249,11 @@ class Host:
         inputs = _first_tensor(args, kwargs, ("input_ids", "inputs_embeds"))
         rows, columns = inputs.shape[:2]
         if adapters is None and self._generating is not None:
-            batch, first = self._generating, self._columns_done
-            self._columns_done += columns
+            batch = self._generating
         else:
-            mask = kwargs.get("attention_mask")
-            batch = self._batch(adapters or (), mask)
-            first = 0 if mask is None or mask.ndim != 2 else mask.shape[1] - columns
+            batch = self._batch(adapters or (), kwargs.get("attention_mask"))
+        past = kwargs.get("past_key_values") if batch.by_column else None
+        first = 0 if past is None else int(past.get_seq_length())
         return None if batch.only_base else batch.call(rows, columns, first)
 
     def _replay_in_backward(self, output: Any, call: Call | None) -> None:
@@ -301,7 +299,7 @@ class Host:
             self._generating = batch.repeat(expand_size)
             return expand(*args, expand_size=expand_size, **kwargs)  # type: ignore[operator]
 
-        self._generating, self._columns_done = batch, 0
+        self._generating = batch
         vars(self.model)["_expand_inputs_for_generation"] = follow
         try:
             yield
