@@ -1,0 +1,277 @@
+"""The bank against a plain dict of adapters: the same factors, whole after every step."""
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from flora.adapters.core import Adapter, LayerFactors
+from flora.bank import AdapterBank, LayerSpec, _Pool, join_factors
+from flora.errors import InvalidAdapterError, OutOfBudgetError, UnknownAdapterError
+from tests.helpers import random_factors
+
+SIZES = {"up": (7, 5), "down": (5, 7), "square": (6, 6)}
+CPU = torch.device("cpu")
+PARTS = ("hadamard_in", "hadamard_out", "down", "up", "bias")
+
+
+def specs(dtype=torch.float32):
+    return {
+        name: LayerSpec(out_features=o, in_features=i, dtype=dtype, device=CPU)
+        for name, (o, i) in SIZES.items()
+    }
+
+
+def adapter(identity, layers=("up", "down"), *, pairs=1, rank=0, bias=False):
+    generator = torch.Generator().manual_seed(sum(identity.encode()))
+    return Adapter(
+        kind="X",
+        identity=identity,
+        layers={
+            name: random_factors(
+                *SIZES[name], pairs=pairs, rank=rank, bias=bias, generator=generator
+            )
+            for name in layers
+        },
+    )
+
+
+def assert_same(found, expected):
+    assert (found.pairs, found.ranks, found.biased) == (
+        expected.pairs,
+        expected.ranks,
+        expected.biased,
+    )
+    for part in PARTS:
+        a, b = getattr(found, part), getattr(expected, part)
+        assert (a is None) == (b is None), part
+        assert a is None or (a.dtype == b.dtype and torch.equal(a, b)), part
+
+
+def assert_holds(bank, adapters):
+    """The bank holds just these adapters, and gives their factors."""
+    assert {r.identity for r in bank.residents} == {a.identity for a in adapters}
+    groups = [None, *adapters]
+    for module, spec in bank.layers.items():
+        layers = [a and a.layers.get(module) for a in groups]
+        found = bank.factors(module, [a and a.identity for a in groups])
+        if not any(layers):
+            assert found is None
+        else:
+            assert_same(found, join_factors(layers, spec.dtype))
+    bank.check_integrity()
+
+
+class BankMachine(RuleBasedStateMachine):
+    """Random loads, uses and unloads beside a dict that does the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.bank = AdapterBank(specs(), budget=3000)
+        self.held = {}
+        self.uses = {}
+
+    @rule(
+        number=st.integers(0, 9),
+        layers=st.sets(st.sampled_from(sorted(SIZES)), min_size=1),
+        pairs=st.integers(0, 4),
+        rank=st.integers(0, 5),
+        bias=st.booleans(),
+    )
+    def load(self, number, layers, pairs, rank, bias):
+        if not (pairs or rank or bias):
+            return
+        name = f"{number}-{sorted(layers)}-{pairs}-{rank}-{bias}"
+        new = adapter(name, sorted(layers), pairs=pairs, rank=rank, bias=bias)
+        before = self.bank.residents
+        try:
+            self.bank.load(new)
+        except OutOfBudgetError:
+            assert self.bank.residents == before
+            return
+        self.held[name] = new
+        self.uses.setdefault(name, 0)
+        resident = {r.identity for r in self.bank.residents}
+        for name in set(self.held) - resident:
+            assert self.uses.pop(name) == 0, "an adapter in use was evicted"
+            del self.held[name]
+
+    @rule(data=st.data())
+    def use(self, data):
+        if self.held:
+            name = data.draw(st.sampled_from(sorted(self.held)))
+            self.bank.acquire(name)
+            self.uses[name] += 1
+
+    @rule(data=st.data())
+    def release(self, data):
+        if names := sorted(n for n, uses in self.uses.items() if uses):
+            name = data.draw(st.sampled_from(names))
+            self.bank.release(name)
+            self.uses[name] -= 1
+
+    @rule(data=st.data())
+    def unload(self, data):
+        if not self.held:
+            return
+        name = data.draw(st.sampled_from(sorted(self.held)))
+        if self.uses[name]:
+            with pytest.raises(ValueError, match="is used by"):
+                self.bank.unload(name)
+        else:
+            self.bank.unload(name)
+            del self.held[name], self.uses[name]
+
+    @invariant()
+    def is_whole(self):
+        assert_holds(self.bank, list(self.held.values()))
+        assert self.bank.used_bytes <= 3000
+        assert {r.identity: r.uses for r in self.bank.residents} == self.uses
+
+
+BankMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestBank = BankMachine.TestCase
+
+
+def test_the_least_recently_used_leaves_first():
+    one, two, three = (adapter(name) for name in ("1", "2", "3"))
+    bank = AdapterBank(specs(), budget=2 * one.nbytes)
+    bank.load(one)
+    bank.load(two)
+    bank.load(one)  # used again
+    bank.load(three)
+    assert_holds(bank, [one, three])
+    assert bank.evictions == 1
+
+
+def test_what_is_pinned_or_in_use_never_leaves():
+    one, two, three = (adapter(name) for name in ("1", "2", "3"))
+    bank = AdapterBank(specs(), budget=2 * one.nbytes)
+    bank.load(one, pinned=True)
+    bank.load(two)
+    bank.acquire("2")
+    with pytest.raises(OutOfBudgetError, match="does not fit"):
+        bank.load(three)
+    assert_holds(bank, [one, two])
+    bank.release("2")
+    bank.load(three)
+    assert_holds(bank, [one, three])
+    assert [(r.identity, r.pinned) for r in bank.residents] == [("1", True), ("3", False)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_memory_is_that_of_the_ranks(dtype):
+    bank = AdapterBank(specs(dtype))
+    wide = max(dtype.itemsize, 4)
+    expected = 0
+    for n in range(32):
+        pairs, rank = n % 3, n % 5 or 1
+        bank.load(adapter(str(n), pairs=pairs, rank=rank, bias=n % 2 == 0))
+        for out, inner in (SIZES["up"], SIZES["down"]):
+            expected += (wide * pairs + dtype.itemsize * rank) * (out + inner)
+            expected += dtype.itemsize * out * (n % 2 == 0)
+    assert bank.used_bytes == expected
+    assert expected <= bank.held_bytes <= 1.05 * expected
+    assert sum(r.nbytes for r in bank.residents) == expected
+
+
+def test_unloading_frees_memory():
+    bank = AdapterBank(specs())
+    for n in range(16):
+        bank.load(adapter(str(n), rank=4))
+    full = bank.held_bytes
+    for n in range(15):
+        bank.unload(str(n))
+    assert bank.held_bytes <= full / 4
+    assert_holds(bank, [adapter("15", rank=4)])
+
+
+def test_a_budget_bounds_the_pools_of_all_layers_together():
+    ups = [adapter(f"u{n}", ["up"], pairs=4) for n in range(4)]
+    downs = [adapter(f"d{n}", ["down"], pairs=4) for n in range(4)]
+    budget = sum(a.nbytes for a in ups)
+    bank = AdapterBank(specs(), budget=budget)
+    for a in [*ups, *downs, *ups]:
+        bank.load(a)
+        assert bank.held_bytes <= budget * 1.05
+    assert_holds(bank, ups)
+
+
+def test_factors_are_copies_that_outlive_their_adapter():
+    one = adapter("1", pairs=2, rank=2)
+    bank = AdapterBank(specs())
+    bank.load(one)
+    found = bank.factors("up", ["1"])
+    bank.unload("1")
+    bank.load(adapter("2", pairs=2, rank=2))
+    assert_same(found, join_factors([one.layers["up"]], torch.float32))
+
+
+def test_a_slot_that_is_used_again_holds_nothing_of_its_last_tenant():
+    bank = AdapterBank(specs())
+    bank.load(adapter("1", pairs=3, rank=3, bias=True))
+    bank.load(adapter("2", pairs=1))
+    bank.unload("1")
+    three = adapter("3", pairs=2)
+    bank.load(three)
+    assert_holds(bank, [adapter("2", pairs=1), three])
+    for pools in bank._pools.values():
+        for pool in pools.values():
+            for tensor in pool.tensors:
+                tensor[pool.free] = float("nan")
+    assert_holds(bank, [adapter("2", pairs=1), three])
+
+
+def test_a_load_that_fails_changes_nothing(monkeypatch):
+    one = adapter("1", rank=2)
+    bank = AdapterBank(specs())
+    bank.load(one)
+    wrong = Adapter(kind="X", identity="w", layers={"up": LayerFactors(bias=torch.zeros(9))})
+    stranger = Adapter(kind="X", identity="s", layers={"else": LayerFactors(bias=torch.zeros(9))})
+    for bad, said in ((wrong, r"found widths \[9\], expected \[7\]"), (stranger, "no such linear")):
+        with pytest.raises(InvalidAdapterError, match=said):
+            bank.load(bad)
+        assert_holds(bank, [one])
+
+    put, puts = _Pool.put, []
+
+    def run_out(pool, *args):
+        puts.append(pool)
+        if len(puts) == 3:
+            raise MemoryError
+        put(pool, *args)
+
+    monkeypatch.setattr(_Pool, "put", run_out)
+    with pytest.raises(MemoryError):
+        bank.load(adapter("2", rank=2))
+    assert_holds(bank, [one])
+
+
+def test_only_residents_can_be_used():
+    bank = AdapterBank(specs())
+    for call in (bank.acquire, bank.release, bank.unload, lambda i: bank.factors("up", [i])):
+        with pytest.raises(UnknownAdapterError, match="not resident"):
+            call("nobody")
+    bank.load(adapter("1"))
+    with pytest.raises(ValueError, match="not in use"):
+        bank.release("1")
+
+
+@pytest.mark.parametrize("damage", ["leak", "double", "stray"])
+def test_the_check_notices(damage):
+    bank = AdapterBank(specs())
+    bank.load(adapter("1", pairs=2))
+    pool = bank._pools["up"]["hadamard"]
+    kept = pool.pages["1"]
+    if damage == "leak":
+        pool.pages["1"] = kept[:1]
+    elif damage == "double":
+        pool.free.append(kept[0])
+    else:
+        pool.pages["2"] = [pool.pages["1"].pop()]
+    with pytest.raises(RuntimeError):
+        bank.check_integrity()
+    pool.pages = {"1": [0, 1]}
+    pool.free = list(range(2, pool.capacity))
+    bank.check_integrity()
