@@ -299,10 +299,10 @@ class _Pool:
         capacity = len(held) + more
         if more:
             capacity = max(capacity, int(capacity * GROWTH))
-        for i, old in enumerate(self.tensors):
-            new = old.new_empty(capacity, old.shape[1])
+        grown = [old.new_empty(capacity, old.shape[1]) for old in self.tensors]
+        for new, old in zip(grown, self.tensors, strict=True):
             new[: len(held)] = old[held]
-            self.tensors[i] = new
+        self.tensors = grown  # all or none: memory may run out on the way
         moved = iter(range(len(held)))
         self.pages = {i: [next(moved) for _ in pages] for i, pages in self.pages.items()}
         self.free = list(range(len(held), capacity))

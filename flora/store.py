@@ -26,6 +26,6 @@ def fetch(source: str | os.PathLike[str]) -> Path:
         try:
             return Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, TENSORS_FILE]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).splitlines()[0]
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UsageError(f"no adapter {source!r} here or on the hub: {reason}") from None
     raise UsageError(f"there is no adapter folder {str(source)!r}")

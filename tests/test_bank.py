@@ -275,3 +275,24 @@ def test_the_check_notices(damage):
     pool.pages = {"1": [0, 1]}
     pool.free = list(range(2, pool.capacity))
     bank.check_integrity()
+
+
+def test_a_pool_that_cannot_grow_keeps_what_it_holds(monkeypatch):
+    """Memory runs out at the second of a pool's two tensors."""
+    one, two = adapter("1", pairs=2), adapter("2", pairs=3)
+    bank = AdapterBank(specs())
+    bank.load(one)
+    bank.load(two)
+    bank.unload("1")  # what is held lies behind a free page
+    new_empty, made = torch.Tensor.new_empty, []
+
+    def run_out(tensor, *args):
+        made.append(tensor)
+        if len(made) == 2:
+            raise MemoryError
+        return new_empty(tensor, *args)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", run_out)
+    with pytest.raises(MemoryError):
+        bank.load(adapter("3", pairs=9))
+    assert_holds(bank, [two])

@@ -1,0 +1,32 @@
+"""What holds in every test: a bank is whole after it, and hypothesis repeats itself."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from flora.bank import AdapterBank
+
+torch.set_num_threads(1)  # at the tests' sizes threads only wait for each other
+
+hypothesis.settings.register_profile(
+    "flora", deadline=None, derandomize=True, max_examples=50, database=None
+)
+hypothesis.settings.load_profile("flora")
+
+
+@pytest.fixture(autouse=True)
+def _banks_are_whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Call `check_integrity` on every bank that a test made, after it."""
+    banks: list[AdapterBank] = []
+    init = AdapterBank.__init__
+
+    def remember(bank: AdapterBank, *args: object, **kwargs: object) -> None:
+        init(bank, *args, **kwargs)
+        banks.append(bank)
+
+    monkeypatch.setattr(AdapterBank, "__init__", remember)
+    yield
+    for bank in banks:
+        bank.check_integrity()

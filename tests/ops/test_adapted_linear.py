@@ -1,0 +1,453 @@
+"""The operator: every backend and both sides of it against the definition, forward and backward."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flora.adapters.core import LayerFactors
+from flora.bank import join_factors
+from flora.errors import BackendError, ShapeError
+from flora.ops import BACKENDS
+from flora.ops.adapted_linear import adapted_linear
+from tests.helpers import assert_no_worse, random_factors
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+MIXED = [
+    {"pairs": 1},
+    {"rank": 4},
+    {"pairs": 3, "rank": 2, "bias": True},
+    {"pairs": 5},
+    {"rank": 9, "bias": True},
+    {"bias": True},
+    {"pairs": 2, "rank": 9},
+    None,
+    {"pairs": 5, "rank": 1},
+]
+"""Groups of every make, ragged; the last one is named by no row."""
+MIXED_ROWS = [3, 0, 7, 1, 2, 3, 6, 4, 7, 5, 1]
+
+
+@dataclass
+class Layer:
+    """A layer, its batch, and the gradient that comes back to it."""
+
+    x: Tensor
+    weight: Tensor
+    groups: Sequence[LayerFactors | None]
+    rows: Sequence[int]
+    bias: Tensor | None
+    grad: Tensor
+
+
+def make_layer(
+    groups: Sequence[dict[str, int] | None],
+    rows: Sequence[int],
+    *,
+    out_features: int = 7,
+    in_features: int = 11,
+    tokens: int = 3,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    seed: int = 0,
+) -> Layer:
+    generator = torch.Generator().manual_seed(seed)
+    exact = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def factors(make: dict[str, int]) -> LayerFactors:
+        made = random_factors(out_features, in_features, generator=generator, dtype=exact, **make)
+        return LayerFactors(
+            **{n: t if n.startswith("hadamard") else t.to(dtype) for n, t in made.parts()}
+        )
+
+    return Layer(
+        x=normal(len(rows), tokens, in_features),
+        weight=normal(out_features, in_features) / in_features**0.5,
+        groups=[None if make is None else factors(make) for make in groups],
+        rows=rows,
+        bias=normal(out_features) if bias else None,
+        grad=normal(len(rows), tokens, out_features),
+    )
+
+
+Compute = Callable[[Layer], Tensor]
+
+
+def plain(layer: Layer) -> Tensor:
+    """The yardstick: each row through its own dense weight."""
+    rows = []
+    for x, group in zip(layer.x, layer.rows, strict=True):
+        factors = layer.groups[group] or LayerFactors()
+        bias = layer.bias if factors.bias is None else factors.bias
+        rows.append(F.linear(x, factors.merge(layer.weight), bias))
+    return torch.stack(rows)
+
+
+def definition(layer: Layer) -> Tensor:
+    """Section 1's formula, token by token."""
+    rows = []
+    for tokens, group in zip(layer.x, layer.rows, strict=True):
+        f = layer.groups[group] or LayerFactors()
+        for x in tokens:
+            y = layer.weight @ x
+            if f.pairs:
+                pairs = zip(f.hadamard_out, f.hadamard_in, strict=True)
+                y = sum(a * (layer.weight @ (b * x)) for a, b in pairs)
+            if f.rank:
+                y = y + sum(u * (v @ x) for u, v in zip(f.up, f.down, strict=True))
+            bias = layer.bias if f.bias is None else f.bias
+            rows.append(y if bias is None else y + bias)
+    return torch.stack(rows).reshape(layer.grad.shape)
+
+
+def operator(backend: str, *, weight: bool) -> Compute:
+    def compute(layer: Layer) -> Tensor:
+        return adapted_linear(
+            layer.x,
+            lambda x: F.linear(x, layer.weight),
+            join_factors(layer.groups, layer.weight.dtype),
+            layer.rows,
+            bias=layer.bias,
+            weight=layer.weight if weight else None,
+            backend=backend,
+        )
+
+    return compute
+
+
+def evaluate(layer: Layer, compute: Compute, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The result and the gradient of all that can have one; in another type where one is given."""
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(name: str, tensor: Tensor) -> Tensor:
+        leaves[name] = tensor.to(dtype or tensor.dtype, copy=True).requires_grad_()
+        return leaves[name]
+
+    y = compute(
+        Layer(
+            x=leaf("x", layer.x),
+            weight=layer.weight.to(dtype or layer.weight.dtype),
+            groups=[
+                factors and LayerFactors(**{n: leaf(f"{i}.{n}", t) for n, t in factors.parts()})
+                for i, factors in enumerate(layer.groups)
+            ],
+            rows=layer.rows,
+            bias=None if layer.bias is None else leaf("bias", layer.bias),
+            grad=layer.grad,
+        )
+    )
+    with torch.no_grad():
+        assert y.shape == layer.grad.shape
+    y.backward(layer.grad.to(y.dtype))
+    grads = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}
+    return {"y": y.detach(), **grads}
+
+
+def check(layer: Layer, *, weight: bool) -> None:
+    """Value and gradients are no worse than plain torch's."""
+    truth = evaluate(layer, operator("reference", weight=True), torch.float64)
+    yardstick = evaluate(layer, plain)
+    # In bf16 the two operands of a product are rounded and the sums are not.
+    half = layer.x.dtype == torch.bfloat16
+    scale = {n: 2 * t for n, t in truth.items()} if half else term_sizes(layer)
+    for name, found in evaluate(layer, operator("eager", weight=weight)).items():
+        assert_no_worse(
+            found,
+            yardstick[name],
+            truth[name],
+            name,
+            dtype=layer.x.dtype,
+            scale=scale[name],
+        )
+
+
+def term_sizes(layer: Layer) -> dict[str, Tensor]:
+    """Σ |term| of all results, which are sums; four times, as a term has four factors to round."""
+    sizes = evaluate(absolute(layer), operator("reference", weight=True), torch.float64)
+    return {name: 4 * size for name, size in sizes.items()}
+
+
+def absolute(layer: Layer) -> Layer:
+    return Layer(
+        x=layer.x.abs(),
+        weight=layer.weight.abs(),
+        groups=[g and LayerFactors(**{n: t.abs() for n, t in g.parts()}) for g in layer.groups],
+        rows=layer.rows,
+        bias=None if layer.bias is None else layer.bias.abs(),
+        grad=layer.grad.abs(),
+    )
+
+
+@pytest.fixture(params=["activation", "weight"])
+def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Forces a side: of the weight side every group with two pairs, at any size."""
+    from flora.ops import plan
+
+    monkeypatch.setattr(plan, "MODULATION_TOKENS", 0)
+    plan.make_plan.cache_clear()
+    return request.param
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("compute", [plain, "reference"])
+def test_the_yardstick_and_the_reference_are_the_definition(compute, weight):
+    layer = make_layer(MIXED, MIXED_ROWS, dtype=torch.float64)
+    if compute == "reference":
+        compute = operator("reference", weight=weight)
+    expected = evaluate(layer, definition)
+    for name, found in evaluate(layer, compute).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "bias"), [(1, True), (3, False), (17, True)])
+def test_value_and_gradients(side, dtype, tokens, bias):
+    layer = make_layer(MIXED, MIXED_ROWS, dtype=dtype, tokens=tokens, bias=bias)
+    check(layer, weight=side == "weight")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", MIXED, ids=str)
+def test_one_adapter_for_all_rows(side, group, dtype):
+    check(make_layer([group], [0, 0, 0], dtype=dtype), weight=side == "weight")
+
+
+def test_beyond_the_modulation_the_plan_takes_the_weight_side_by_itself():
+    layer = make_layer([{"pairs": 4}, {"pairs": 2}], [0, 1, 0], tokens=100)
+    check(layer, weight=True)
+
+
+GROUP = st.none() | st.fixed_dictionaries(
+    {"pairs": st.integers(0, 5), "rank": st.integers(0, 9), "bias": st.booleans()}
+)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Layer:
+    groups = draw(st.lists(GROUP, min_size=1, max_size=4))
+    return make_layer(
+        groups,
+        draw(st.lists(st.integers(0, len(groups) - 1), min_size=1, max_size=7)),
+        out_features=draw(st.integers(1, 9)),
+        in_features=draw(st.integers(1, 9)),
+        tokens=draw(st.sampled_from([1, 2, 5, 200])),
+        dtype=draw(st.sampled_from([torch.float64, torch.float32])),
+        bias=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@given(layers(), st.booleans())
+def test_any_mix(layer, weight):
+    check(layer, weight=weight)
+
+
+@given(layers(), st.randoms(use_true_random=False))
+def test_a_row_does_not_know_its_neighbours(layer, random):
+    """A batch in another order, one row of it alone too, gives the rows of the first."""
+    order = [i for i in range(len(layer.rows)) if random.random() < 0.8] or [0]
+    random.shuffle(order)
+    part = Layer(
+        layer.x[order],
+        layer.weight,
+        layer.groups,
+        [layer.rows[i] for i in order],
+        layer.bias,
+        layer.grad[order],
+    )
+    check(part, weight=True)
+    y = evaluate(layer, operator("eager", weight=False))["y"][order]
+    found = evaluate(part, operator("eager", weight=False))["y"]
+    allowed = 2 * torch.finfo(y.dtype).eps * term_sizes(part)["y"].max().item()
+    torch.testing.assert_close(found, y, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("weight", [True, False])
+def test_hadamard_factors_are_not_rounded_to_the_activations_type(weight):
+    """bf16 has steps of 2^-7 above 1: of 1 + 2^-10 nothing would be left."""
+
+    def apply(a: list[float], b: list[float], x: float, w: float) -> Tensor:
+        factors = LayerFactors(
+            hadamard_in=torch.tensor(b).unsqueeze(1), hadamard_out=torch.tensor(a).unsqueeze(1)
+        )
+        w_OI = torch.full((1, 1), w, dtype=torch.bfloat16)
+        return adapted_linear(
+            torch.full((1, 400, 1), x, dtype=torch.bfloat16),
+            lambda x: F.linear(x, w_OI),
+            join_factors([factors], torch.bfloat16),
+            [0],
+            weight=w_OI if weight else None,
+        )
+
+    assert (apply([1 + 2**-10, -1.0], [1.0, 1.0], 1.0, 1.0) == 2**-10).all()
+    x, w = (1.0, 2 - 2**-7) if weight else (2 - 2**-7, 1.0)
+    fine = 1 + 2**-8 - 2**-10
+    assert (apply([0.5, 0.5], [fine, fine], x, w) == 2).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_base_rows_beside_the_weight_side(dtype):
+    check(make_layer([None, {"pairs": 4}], [0, 1, 0], tokens=200, dtype=dtype), weight=True)
+
+
+def test_factors_serve_several_backwards():
+    """What is kept from step to step of a generation has no graph."""
+    layer = make_layer([{"pairs": 1}, {"rank": 2}], [0, 1, 0])
+    factors = join_factors(layer.groups, torch.float32)
+    for tensor in factors.tensors:
+        tensor.requires_grad_()
+    for step in range(4):
+        with torch.set_grad_enabled(step > 0):
+            y = adapted_linear(layer.x, lambda x: F.linear(x, layer.weight), factors, layer.rows)
+        if step:
+            y.sum().backward()
+    assert all(tensor.grad is not None for tensor in factors.tensors)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_each_row_costs_its_own_pairs(grad):
+    """Σ max(1, h) rows go through the base: a base row once, and nobody pays for a neighbour."""
+    seen = []
+
+    def base(x: Tensor) -> Tensor:
+        seen.append(x.shape[0])
+        return F.linear(x, layer.weight)
+
+    layer = make_layer([None, {"pairs": 1}, {"pairs": 16}, {"rank": 8}], [0, 1, 2, 3, 1, 0])
+    factors = join_factors(layer.groups, torch.float32)
+    adapted_linear(layer.x.requires_grad_(grad), base, factors, layer.rows)
+    assert sum(seen) == 1 + 1 + 16 + 1 + 1 + 1
+    # Without gradients W0 is read once; with them no two copies of the batch exist at a time.
+    assert len(seen) == (16 if grad else 1)
+
+
+def test_rows_without_pairs_go_through_the_base_as_they_are():
+    seen = []
+
+    def base(x: Tensor) -> Tensor:
+        seen.append(x)
+        return F.linear(x, layer.weight)
+
+    layer = make_layer([None, {"pairs": 3}], [0, 0], bias=False)
+    y = adapted_linear(layer.x, base, join_factors(layer.groups, torch.float32), layer.rows)
+    assert len(seen) == 1
+    assert seen[0] is layer.x
+    assert torch.equal(y, F.linear(layer.x, layer.weight))
+
+
+@pytest.mark.parametrize("weight", [True, False])
+def test_nothing_of_the_size_of_a_product_is_kept_for_the_backward(weight):
+    """Beyond one pair only what came in is kept, its selections by row among that; W0 not asked."""
+    layer = make_layer([{"pairs": 4}, {"pairs": 6}], [0, 1, 0, 1], out_features=640, tokens=100)
+    layer.x.requires_grad_()
+    factors = [LayerFactors(**{n: t.requires_grad_() for n, t in f.parts()}) for f in layer.groups]
+    joined = join_factors(factors, torch.float32)
+    given = {t.untyped_storage().data_ptr() for t in (layer.x, layer.weight, *joined.tensors)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = adapted_linear(
+            layer.x,
+            lambda x: F.linear(x, layer.weight),
+            joined,
+            layer.rows,
+            weight=layer.weight if weight else None,
+        )
+    selections = layer.x.nbytes + sum(t.nbytes for t in joined.tensors) + 1024
+    assert selections < y.nbytes / 5
+    assert sum(kept.values()) <= selections
+
+
+def test_at_one_pair_one_product_is_kept_and_none_taken_again():
+    calls = []
+
+    def base(x: Tensor) -> Tensor:
+        calls.append(x)
+        return F.linear(x, layer.weight)
+
+    layer = make_layer([{"pairs": 1}, {"rank": 2}], [0, 1, 0])
+    factors = join_factors(layer.groups, torch.float32)
+    y = adapted_linear(layer.x.requires_grad_(), base, factors, layer.rows)
+    y.sum().backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("weight", [True, False])
+def test_w0_gets_no_gradient(weight):
+    layer = make_layer([{"pairs": 3}], [0, 0], tokens=200)
+    factors = join_factors(layer.groups, torch.float32)
+    factors.hadamard_in.requires_grad_()
+    own = layer.weight.clone().requires_grad_()
+    y = adapted_linear(
+        layer.x, lambda x: F.linear(x, own), factors, layer.rows, weight=own if weight else None
+    )
+    y.sum().backward()
+    assert own.grad is None
+    assert factors.hadamard_in.grad is not None
+
+
+def test_a_plan_made_in_inference_mode_serves_training(side):
+    """Index tensors outlive the call that made them."""
+    layer = make_layer(MIXED, MIXED_ROWS)
+    compute = operator("eager", weight=side == "weight")
+    with torch.inference_mode():
+        compute(layer)
+    evaluate(layer, compute)
+    layer.bias.requires_grad_()  # the one leaf that asks for no other plan
+    compute(layer).sum().backward()
+    assert layer.bias.grad is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_base_rows_alone_with_every_backend(backend):
+    layer = make_layer([None], [0, 0], dtype=torch.float64)
+    y = operator(backend, weight=False)(layer)
+    torch.testing.assert_close(y, F.linear(layer.x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"rows": [0]}, ShapeError),
+        ({"rows": [0, 1]}, ShapeError),
+        ({"rows": [0, -1]}, ShapeError),
+        ({"x": torch.zeros(2, 11)}, ShapeError),
+        ({"x": torch.zeros(2, 3, 10)}, ShapeError),
+        ({"backend": "nope"}, BackendError),
+    ],
+)
+@pytest.mark.parametrize("group", [{"pairs": 2}, {"rank": 2}])
+def test_what_does_not_fit_is_one_line(group, change, error):
+    layer = make_layer([group], [0, 0])
+    arguments = {
+        "x": layer.x,
+        "base": lambda x: F.linear(x, layer.weight),
+        "factors": join_factors(layer.groups, torch.float32),
+        "rows": layer.rows,
+    }
+    with pytest.raises(error) as caught:  # unwrapped: without the test run's own check of shapes
+        inspect.unwrap(adapted_linear)(**{**arguments, **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_shapes_are_checked_in_the_test_run():
+    with pytest.raises(TypeError, match="Type-check error"):
+        adapted_linear(
+            torch.zeros(2, 11), torch.nn.Linear(11, 3), join_factors([None], torch.float32), [0, 0]
+        )
