@@ -41,6 +41,8 @@ def command(
     from flora.hosts.loading import load_model
 
     console = Console()
+    if as_json:
+        as_json.parent.mkdir(parents=True, exist_ok=True)
     console.print("[bold]1. A model, and source code in eight languages[/bold]")
     texts = split(text or demo_text(), LANGUAGES)
     detector = LanguageDetector().fit(split(text or demo_text()).held_out)

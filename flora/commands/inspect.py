@@ -1,6 +1,7 @@
 """`flora inspect`: what an adapter's folder holds, or what is wrong with it."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -21,36 +22,37 @@ def command(
 
     checkpoint = read_checkpoint(path)
     adapter = checkpoint.adapter()
-    by_ending: dict[tuple[str, int, int], int] = {}
-    for module, factors in adapter.layers.items():
-        key = module.rpartition(".")[2], factors.pairs, factors.rank
-        by_ending[key] = by_ending.get(key, 0) + 1
-    modules = [
-        {"module": ending, "layers": layers, "pairs": pairs, "rank": rank}
-        for (ending, pairs, rank), layers in sorted(by_ending.items())
-    ]
+    config = checkpoint.config.model_dump(exclude_defaults=True)
+    layers = Counter(
+        (module.rpartition(".")[2], factors.pairs, factors.rank)
+        for module, factors in adapter.layers.items()
+    )
     record = {
         "path": str(path),
         "kind": checkpoint.kind,
-        "config": json.loads(checkpoint.config.arithmetic()),
+        "config": config,
         "base_model": checkpoint.base_model,
         "bytes": adapter.nbytes,
         "identity": checkpoint.identity,
-        "modules": modules,
+        "modules": [
+            {"module": ending, "layers": count, "pairs": pairs, "rank": rank}
+            for (ending, pairs, rank), count in sorted(layers.items())
+        ],
     }
     if as_json:
+        as_json.parent.mkdir(parents=True, exist_ok=True)
         as_json.write_text(json.dumps([record], indent=2) + "\n")
 
     console = Console()
     facts = Table(show_header=False, box=None)
     facts.add_row("kind", checkpoint.kind)
-    for key, value in record["config"].items():
+    for key, value in config.items():
         facts.add_row(key, json.dumps(value))
     facts.add_row("base model", checkpoint.base_model or "not said")
     facts.add_row("bytes", f"{adapter.nbytes:,}")
     facts.add_row("hash", checkpoint.identity)
     console.print(facts)
     table = Table("module", "layers", "Hadamard pairs (h)", "additive rank (l)")
-    for row in modules:
-        table.add_row(*(str(value) for value in row.values()))
+    for (ending, pairs, rank), count in sorted(layers.items()):
+        table.add_row(ending, str(count), str(pairs), str(rank))
     console.print(table)

@@ -11,7 +11,7 @@ from flora.errors import UsageError
 def load_model(source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer, padding on the left.
 
-    source: a folder or a repository of the hub; its own code is never run.
+    source: a folder or a repository of the hub; its own code is never run, no pickle is opened.
     dtype:  of the weights; "auto" is what they are saved in.
 
     Raises UsageError, in one line, where there is none.
@@ -23,8 +23,12 @@ def load_model(source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
         raise UsageError(f"there is no model folder {source!r}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, padding_side="left", trust_remote_code=False
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"cannot load the model {source!r}: {reason}") from None

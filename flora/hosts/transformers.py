@@ -21,7 +21,7 @@ from flora.adapters.checkpoint import read_checkpoint
 from flora.adapters.core import Adapter
 from flora.bank import AdapterBank, LayerSpec
 from flora.errors import ShapeError, UsageError
-from flora.hosts.rows import Batch, Call, RowAdapter, make_batch
+from flora.hosts.rows import BASE, Batch, Call, RowAdapter, make_batch
 from flora.ops import get_backend
 from flora.ops.adapted_linear import adapted_linear
 from flora.ops.factors import BatchFactors
@@ -55,6 +55,8 @@ def attach(
     it was.
     """
     get_backend(backend, torch.device("cpu"))
+    if BASE in adapters:
+        raise UsageError(f"{BASE!r} is the name for no adapter; choose another")
     base = ModelBase(model)
     read = {
         name: source
@@ -65,7 +67,9 @@ def attach(
     host: Host | None = getattr(model, HOST, None)
     source = host.source if host else ResidentAdapters(AdapterBank(base.specs, budget))
     if not isinstance(source, ResidentAdapters):
-        raise UsageError("the model is in training; detach it first")
+        raise UsageError("the model is in training; close its trainer first")
+    if host and (backend not in ("auto", host.backend) or budget not in (None, source.bank.budget)):
+        raise UsageError("backend and budget are those of the first attach; detach the model first")
     source.add(read)
     if host is None:
         patch(model, source, backend)
@@ -212,6 +216,10 @@ class Host:
             else:
                 vars(module)[name] = before
         del vars(self.model)[HOST]
+
+    def __deepcopy__(self, _: object) -> "Host":
+        """A copy's forwards would run the layers of this model. Raises UsageError."""
+        raise UsageError("a model with adapters attached cannot be copied; detach it first")
 
     def current_call(self) -> Call | None:
         """The call whose layer runs; in a backward (of checkpointed layers) the one replayed."""

@@ -120,6 +120,7 @@ class JointTrainer:
             for name, recipe in recipes.items()
         )
         self._trainable = [p for p in model.parameters() if p.requires_grad]
+        self._training = [m for m in model.modules() if m.training]
         self._host = patch(model, self.adapters)
         model.requires_grad_(False)
         model.eval()
@@ -172,6 +173,8 @@ class JointTrainer:
         self._host.unpatch()
         for parameter in self._trainable:
             parameter.requires_grad_(True)
+        for module in self._training:
+            module.training = True
 
     def __enter__(self) -> "JointTrainer":
         return self
@@ -187,6 +190,10 @@ def parse_recipe(raw: Mapping[str, Any]) -> AdapterRecipe:
     """
     optimiser = {k: raw[k] for k in ("learning_rate", "weight_decay") if k in raw}
     try:
+        known = {"peft_type", *get_kind(raw.get("peft_type")).Config.model_fields}
+        if unknown := sorted(set(raw) - known - set(optimiser)):
+            there = ", ".join(sorted({*known, *AdapterRecipe.model_fields} - {"kind", "config"}))
+            raise UsageError(f"no such settings: {', '.join(unknown)}; there are {there}")
         kind, config = parse_config({k: v for k, v in raw.items() if k not in optimiser})
         if config.target_modules is None:
             config = config.model_copy(update={"target_modules": ALL_LINEAR})

@@ -137,7 +137,7 @@ class FloraModel(BaseTuner):  # type: ignore[misc]
         if self.training and any(checkpointed):
             raise UsageError(
                 "adapter_names with gradient checkpointing: its second forward would not see them; "
-                "turn one off, or train with `flora train`"
+                "turn one of them off"
             )
 
 

@@ -102,12 +102,15 @@ def test_the_loss_is_each_adapters_own_mean():
 def test_the_model_is_given_back():
     model = tiny_llama()
     model.lm_head.weight.requires_grad_(False)
+    model.model.layers[1].train()
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    training = [module.training for module in model.modules()]
     state = copy.deepcopy(model.state_dict())
     train(model, list(RECIPES), random_rows(RECIPES), steps=2)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert not hasattr(model, "_flora_host")
+    assert [module.training for module in model.modules()] == training
 
 
 def test_a_loss_that_is_not_finite_changes_no_adapter():
@@ -145,6 +148,14 @@ def test_what_is_saved_is_read_by_us_and_by_peft(tmp_path):
             assert (ours - model(ids).logits).abs().max() > 1e-4
             torch.testing.assert_close(reader(ids).logits, ours, rtol=1e-4, atol=1e-5)
     assert read_checkpoint(tmp_path / "add").config.target_modules == ["down_proj", "q_proj"]
+
+
+def test_a_setting_that_would_do_nothing_is_refused():
+    with pytest.raises(UsageError, match="no such settings: lora_dropout"):
+        parse_recipe(RECIPES["add"] | {"lora_dropout": 0.1})
+    recipe = parse_recipe(RECIPES["add"] | {"init_lora_weights": "gaussian"})
+    with pytest.raises(FloraError, match="'gaussian' is not supported"):
+        JointTrainer(tiny_llama(), {"add": recipe})
 
 
 def test_mistakes_are_one_line():

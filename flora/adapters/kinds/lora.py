@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flora.adapters.core import LayerFactors
 from flora.adapters.targets import AdapterConfig, by_pattern
+from flora.errors import InvalidAdapterError
 
 
 class Config(AdapterConfig):
@@ -24,6 +25,7 @@ class Config(AdapterConfig):
     bias: Literal["none"] = "none"
     # The other starts (pissa, olora, corda, loftq, lora_ga) rewrite W0 when PEFT reads them.
     init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal"] = True
+    read_by_fill = frozenset({"lora_alpha", "use_rslora", "alpha_pattern"})
     inert = AdapterConfig.inert | {
         "ensure_weight_tying",
         "eva_config",
@@ -32,9 +34,6 @@ class Config(AdapterConfig):
         "megatron_core",
         "qalora_group_size",
     }
-
-    def arithmetic(self) -> str:
-        return self.model_dump_json(exclude={*AdapterConfig.model_fields, "init_lora_weights"})
 
 
 def shapes(config: Config, module: str) -> dict[str, tuple[int | str, ...]]:
@@ -53,7 +52,14 @@ def fill(config: Config, module: str, params: Mapping[str, Tensor]) -> LayerFact
 def init(
     config: Config, module: str, shape: tuple[int, int], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The identity: A as `nn.Linear` starts (PEFT's choice), B = 0."""
+    """The identity: A as `nn.Linear` starts (PEFT's choice), B = 0.
+
+    Raises InvalidAdapterError where the config asks for another start.
+    """
+    if config.init_lora_weights is not True:
+        raise InvalidAdapterError(
+            f"init_lora_weights = {config.init_lora_weights!r} is not supported"
+        )
     r = by_pattern(config.rank_pattern, module, config.r)
     out_features, in_features = shape
     bound = 1 / math.sqrt(in_features)
