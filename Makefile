@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow check lint format docs bench clean
+.PHONY: demo test test-slow check lint format docs cli-docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base
@@ -20,7 +20,7 @@ test-slow: $(VENV)/dev
 bench: $(VENV)/base
 	$(BIN)/flora demo --json docs/results/demo.json
 
-check: lint docs/cli.md
+check: lint cli-docs
 	git diff --exit-code -- docs/cli.md
 
 lint: $(VENV)/dev
@@ -33,11 +33,11 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/docs docs/cli.md
+docs: $(VENV)/docs cli-docs
 	$(BIN)/mkdocs build --strict
 
-docs/cli.md: $(VENV)/base flora/cli.py $(wildcard flora/commands/*.py)
-	$(BIN)/typer flora.cli utils docs --name flora --title "Command line" --output $@
+cli-docs: $(VENV)/base
+	$(BIN)/typer flora.cli utils docs --name flora --title "Command line" --output docs/cli.md
 
 clean:
 	rm -rf $(VENV) site

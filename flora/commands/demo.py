@@ -3,8 +3,10 @@
 import copy
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +14,7 @@ import typer
 LANGUAGES = ("ruby", "perl", "rust", "haskell", "scheme", "bash", "ocaml", "php")
 PROMPT = "# Compute the factorial of n"
 STEPS = 90
+REPORT_STEPS = 10
 ROW_TOKENS = 64
 LEARNING_RATE = 6e-3
 ANSWER_TOKENS = 64
@@ -115,14 +118,17 @@ def _train(base: Any, tokenizer: Any, texts: dict[str, list[str]], console: Any)
     }
     recipe = parse_recipe({"peft_type": "FLORA", "r": 1, "learning_rate": LEARNING_RATE})
     start = time.perf_counter()
+    recent: dict[str, deque[float]] = {name: deque(maxlen=REPORT_STEPS) for name in texts}
+    console.print("mean loss  " + " ".join(f"{name:>8}" for name in texts))
     with JointTrainer(base, dict.fromkeys(texts, recipe)) as trainer:
         with progress("training", STEPS) as advance:
-            for step, batch in zip(range(STEPS), RowStream(rows, 1, seed=0), strict=False):
-                losses = trainer.step(collate(batch, tokenizer.pad_token_id))
-                said = "  ".join(f"{name} {loss:.2f}" for name, loss in losses.items())
+            for step, batch in zip(range(1, 1 + STEPS), RowStream(rows, 1, seed=0), strict=False):
+                for name, loss in trainer.step(collate(batch, tokenizer.pad_token_id)).items():
+                    recent[name].append(loss)
                 advance("")
-                if step % 10 == 0 or step == STEPS - 1:
-                    console.print(f"step {step + 1:3}  loss  {said}")
+                if step % REPORT_STEPS == 0:
+                    means = " ".join(f"{mean(losses):8.2f}" for losses in recent.values())
+                    console.print(f"step {step:4}  {means}")
         console.print(f"{STEPS} steps in {time.perf_counter() - start:.0f} s")
         return {name: trainer.adapters.checkpoint(name, None).adapter() for name in texts}
 
