@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -251,17 +252,44 @@ def test_generate_survives_bad_lines(capsys, folder, tmp_path):
         {"adapter": "ruby"},
         {"adapter": 3, "prompt": "a"},
         {"adapter": ["ruby"], "prompt": "a"},
+        {"prompt": "long " * 60},
+        {"messages": [{"role": "user", "content": "a"}]},
         "\n",
         {"prompt": "a"},
     )
     code, out, err = generate(capsys, folder, path, "--output", tmp_path / "out.jsonl")
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert (code, out) == (1, "")
-    assert "6 of 8 lines failed" in err
-    assert ["text" in r for r in results] == [True, *[False] * 6, True]
+    assert "8 of 10 lines failed" in err
+    assert ["text" in r for r in results] == [True, *[False] * 8, True]
     assert "not JSON" in results[1]["error"]
     assert "no adapter 'nobody'" in results[3]["error"]
     assert results[4]["error"] == "no prompt"
+    assert results[7]["error"] == "the prompt has 300 tokens, the model has room for 250"
+    assert "messages do not fit" in results[8]["error"]  # this tokenizer has no template
+
+
+def test_generate_takes_messages_by_the_models_template(capsys, folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    tokenizer.save_pretrained(model)
+    chat = [{"role": "user", "content": "a"}]
+    path = jsonl(
+        tmp_path / "in.jsonl",
+        {"adapter": "sql", "messages": chat},
+        {"adapter": "sql", "prompt": "<s>user: a\n"},
+    )
+    call = ("--adapters", folder / "adapters", "--input", path, "--new-tokens", "6")
+    code, out, _ = run(capsys, "generate", model, *call)
+    texts = [json.loads(line)["text"] for line in out.splitlines()]
+    assert code == 0
+    assert texts[0] == texts[1] != ""
 
 
 def test_generate_samples_by_its_seed(capsys, folder, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -54,18 +54,20 @@ def command(
         set_seed(seed)
         settings["temperature"] = temperature
 
+    room = getattr(base_model.config, "max_position_embeddings", None)
+    longest = None if room is None else room - new_tokens
     seen = failed = 0
     with (
         nullcontext(sys.stdin) if input == "-" else Path(input).open() as source,
         nullcontext(sys.stdout) if output is None else output.open("w") as sink,
     ):
         for batch in _batches(source, rows):
-            requests = [_request(line, folders, tokenizer) for line in batch]
-            good = [request for request in requests if "error" not in request]
-            _answer(base_model, tokenizer, good, settings)
+            requests = [_request(line, folders, tokenizer, longest) for line in batch]
+            good = [request for request in requests if request.tokens]
+            answers = iter(_answer(base_model, tokenizer, good, settings))
             for request in requests:
-                request.pop("_text", None)
-                sink.write(json.dumps(request, ensure_ascii=False) + "\n")
+                text = {"text": next(answers)} if request.tokens else {}
+                sink.write(json.dumps(request.result | text, ensure_ascii=False) + "\n")
             sink.flush()
             seen += len(requests)
             failed += len(requests) - len(good)
@@ -75,51 +77,60 @@ def command(
         raise FloraError(f"{failed} of {seen} lines failed; their results say why")
 
 
+class Request(NamedTuple):
+    """A line: what its result repeats, with its error if it has one, and the prompt's tokens."""
+
+    result: dict[str, Any]
+    tokens: list[int]
+
+
 def _batches(source: Iterable[str], rows: int) -> Iterator[list[str]]:
     lines = (line for line in source if line.strip())
     while batch := list(islice(lines, rows)):
         yield batch
 
 
-def _request(line: str, folders: dict[str, Path], tokenizer: Any) -> dict[str, Any]:
-    """A line's request with the text to go on from as `_text`, or its error."""
+def _request(line: str, folders: dict[str, Path], tokenizer: Any, longest: int | None) -> Request:
     try:
         request = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return {"error": f"not JSON: {error}", "line": line.strip()}
+        return Request({"error": f"not JSON: {error}", "line": line.strip()}, [])
     if not isinstance(request, dict):
-        return {"error": "not a JSON object", "line": line.strip()}
+        return Request({"error": "not a JSON object", "line": line.strip()}, [])
     name, prompt, messages = (request.get(key) for key in ("adapter", "prompt", "messages"))
     if name is not None and not (isinstance(name, str) and name in folders):
-        return request | {"error": f"there is no adapter {name!r}"}
-    if isinstance(prompt, str) and prompt:
-        return request | {"_text": prompt}
-    if messages is not None:
+        return Request(request | {"error": f"there is no adapter {name!r}"}, [])
+    tokens: list[int] = []
+    if isinstance(prompt, str):
+        tokens = tokenizer(prompt)["input_ids"]
+    elif messages is not None:
         try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
+            tokens = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
         except Exception as error:  # the template is the model's own, and raises what it likes
-            return request | {"error": f"messages do not fit the chat template: {error}"}
-        return request | {"_text": text}
-    return request | {"error": "no prompt"}
+            return Request(request | {"error": f"messages do not fit: {error}"}, [])
+    if not tokens:
+        return Request(request | {"error": "no prompt"}, [])
+    if longest is not None and len(tokens) > longest:
+        said = f"the prompt has {len(tokens)} tokens, the model has room for {longest}"
+        return Request(request | {"error": said}, [])
+    return Request(request, tokens)
 
 
 def _answer(
-    model: Any, tokenizer: Any, requests: list[dict[str, Any]], settings: dict[str, Any]
-) -> None:
-    """Set each request's `text`."""
+    model: Any, tokenizer: Any, requests: list[Request], settings: dict[str, Any]
+) -> list[str]:
     if not requests:
-        return
-    batch = tokenizer([r["_text"] for r in requests], return_tensors="pt", padding=True)
+        return []
+    batch = tokenizer.pad({"input_ids": [r.tokens for r in requests]}, return_tensors="pt")
     output = model.generate(
         **batch.to(model.device),
-        adapter_names=[r.get("adapter") for r in requests],
+        adapter_names=[r.result.get("adapter") for r in requests],
         pad_token_id=tokenizer.pad_token_id,
         **settings,
     )
-    answers = tokenizer.batch_decode(
+    answers: list[str] = tokenizer.batch_decode(
         output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
     )
-    for request, answer in zip(requests, answers, strict=True):
-        request["text"] = answer
+    return answers
