@@ -10,7 +10,7 @@ def faults(error: "ValidationError") -> str:
     """All that pydantic found wrong, in one line: each key with its value and what is expected."""
     found = []
     for fault in error.errors():
-        place = ".".join(map(str, fault["loc"]))
+        place = repr(".".join(map(str, fault["loc"])))[1:-1]  # a key may hold line ends
         if fault["type"] not in ("missing", "extra_forbidden") and place:
             place += f" = {fault['input']!r:.80}"
         found.append(f"{place}: {fault['msg']}" if place else fault["msg"])

@@ -131,7 +131,12 @@ def write_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> 
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if folder.exists():
             folder.rename(old)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
 
 
 def find_adapters(folder: str | os.PathLike[str]) -> dict[str, Path]:
@@ -151,10 +156,18 @@ def find_adapters(folder: str | os.PathLike[str]) -> dict[str, Path]:
 
 
 def _read(folder: Path, base: Base | None, limits: Limits) -> Checkpoint:
-    raw = _read_config(folder / CONFIG_FILE)
-    kind, config = parse_config(raw)
-    tensors = _read_tensors(folder, limits)
     faults: list[str] = []
+    try:
+        tensors = _read_tensors(folder, limits)
+    except InvalidAdapterError as error:
+        tensors, faults = {}, [str(error)]
+    try:
+        raw = _read_config(folder / CONFIG_FILE)
+        kind, config = parse_config(raw)
+    except InvalidAdapterError as error:
+        faults.insert(0, str(error))
+    if faults:
+        raise InvalidAdapterError("; ".join(faults))
     params = _by_module(kind, config, tensors, base, faults)
     for module in sorted(params):
         shape = None if base is None else base.shapes.get(module)
@@ -218,9 +231,9 @@ def _by_module(
     names = get_kind(kind).shapes(config, "")
     for key, tensor in tensors.items():
         name = next((n for n in names if key.endswith(f".{n}")), None)
-        if name is None or not key.startswith(PREFIX):
+        if name is None or not (key.startswith(PREFIX) and key.isprintable()):
             faults.append(
-                f"{key}: not a tensor of {kind}; expected {PREFIX}<module>.{'|'.join(names)}"
+                f"{key!r:.200}: not a tensor of {kind}; expected {PREFIX}<module>.{'|'.join(names)}"
             )
         else:
             params.setdefault(key[len(PREFIX) : -len(name) - 1], {})[name] = tensor

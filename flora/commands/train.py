@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from flora.errors import UsageError, faults
 
@@ -23,6 +23,7 @@ class Config(BaseModel):
     rows:       rows of each adapter in a step.
     max_tokens: of a row.
     dtype:      of the base model's weights.
+    lr_scheduler_type, warmup_steps: how the learning rates change: transformers' schedules.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +36,8 @@ class Config(BaseModel):
     rows: PositiveInt = 1
     max_tokens: PositiveInt = 512
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
+    warmup_steps: NonNegativeInt = 0
     seed: int = 0
 
 
@@ -96,14 +99,17 @@ def train(
     """Train, save every adapter, and return each one's losses by step."""
     from flora.commands.progress import progress
     from flora.training.data import RowStream, collate, tokenize
-    from flora.training.trainer import JointTrainer
+    from flora.training.trainer import JointTrainer, Schedule
 
     rows: dict[str, list[Any]] = {name: [] for name in recipes}
     for example in examples:
         rows[example.adapter] += tokenize(example, tokenizer, settings.max_tokens)
     stream = RowStream(rows, settings.rows, settings.seed)
     losses: dict[str, list[float]] = {name: [] for name in recipes}
-    with JointTrainer(model, recipes, settings.seed) as trainer:
+    schedule = Schedule(
+        name=settings.lr_scheduler_type, warmup_steps=settings.warmup_steps, steps=settings.steps
+    )
+    with JointTrainer(model, recipes, settings.seed, schedule) as trainer:
         with progress("training", settings.steps) as advance:
             for _, batch in zip(range(settings.steps), stream, strict=False):
                 found = trainer.step(collate(batch, tokenizer.pad_token_id))

@@ -7,12 +7,21 @@ adapters of each one's own mean, and no parameter is shared.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 from torch import Tensor, nn
+from transformers import get_scheduler
 
 from flora.adapters.checkpoint import Checkpoint, Params, parse_config, write_checkpoint
 from flora.adapters.core import LayerFactors
@@ -39,6 +48,24 @@ class AdapterRecipe(BaseModel):
     config: AdapterConfig
     learning_rate: PositiveFloat
     weight_decay: NonNegativeFloat = 0.0
+
+
+ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+
+
+class Schedule(BaseModel):
+    """How the learning rates change, the same way for all adapters.
+
+    name:         of transformers' schedules.
+    warmup_steps: in which they rise from 0; not in "constant".
+    steps:        in all; the constant ones need none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ScheduleName = "constant"
+    warmup_steps: NonNegativeInt = 0
+    steps: PositiveInt | None = None
 
 
 class TrainedAdapters:
@@ -107,8 +134,18 @@ class JointTrainer:
     """
 
     def __init__(
-        self, model: nn.Module, recipes: Mapping[str, AdapterRecipe], seed: int = 0
+        self,
+        model: nn.Module,
+        recipes: Mapping[str, AdapterRecipe],
+        seed: int = 0,
+        schedule: Schedule | None = None,
     ) -> None:
+        """Start every adapter.
+
+        schedule: of the learning rates; None keeps them constant.
+
+        Raises UsageError where a recipe means no layer, or the model has adapters attached.
+        """
         self.model = model
         self.adapters = TrainedAdapters(model, recipes, seed)
         self.optimizer = torch.optim.AdamW(
@@ -118,6 +155,13 @@ class JointTrainer:
                 "weight_decay": recipe.weight_decay,
             }
             for name, recipe in recipes.items()
+        )
+        schedule = schedule or Schedule()
+        self.scheduler = get_scheduler(
+            schedule.name,
+            self.optimizer,
+            num_warmup_steps=schedule.warmup_steps,
+            num_training_steps=schedule.steps,
         )
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         self._training = [m for m in model.modules() if m.training]
@@ -137,6 +181,7 @@ class JointTrainer:
             raise FloraError(f"the loss of {', '.join(bad)} is not finite: lower the learning rate")
         torch.stack([*losses.values()]).sum().backward()
         self.optimizer.step()
+        self.scheduler.step()
         return values
 
     def losses(self, batch: RowBatch) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from flora.adapters.checkpoint import read_checkpoint
 from flora.errors import FloraError, UsageError
 from flora.training.data import Row, RowStream, collate
-from flora.training.trainer import JointTrainer, parse_recipe
+from flora.training.trainer import JointTrainer, Schedule, parse_recipe
 from tests.tiny import tiny_llama
 
 RECIPES = {
@@ -69,6 +69,19 @@ def test_joint_training_gives_the_weights_of_training_alone():
             first = untrained.adapters.leaves(name)
         moved = [(a - b).abs().max() for a, b in zip(alone[name].values(), first, strict=True)]
         assert min(moved) > 1e-4
+
+
+def test_the_learning_rates_follow_their_schedule():
+    model, rows = tiny_llama(), random_rows(["one"])
+    recipes = {"one": parse_recipe(RECIPES["one"])}
+    moves = []
+    with JointTrainer(model, recipes, schedule=Schedule(name="linear", steps=4)) as trainer:
+        for _ in range(5):
+            before = trainer.adapters.leaves("one")[0].detach().clone()
+            trainer.step(collate(rows["one"], pad=0))
+            moves.append((trainer.adapters.leaves("one")[0] - before).abs().max().item())
+    assert moves[0] == pytest.approx(8e-3, rel=0.01)  # AdamW's first step is the learning rate
+    assert moves[0] > moves[1] > moves[3] > moves[4] == 0
 
 
 def test_an_adapter_that_is_not_in_the_batch_does_not_move():

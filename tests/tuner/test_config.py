@@ -47,7 +47,7 @@ def test_save_and_load(tmp_path):
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "FLORA"
     assert PeftConfig.from_pretrained(tmp_path) == config
-    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301
+    assert pickle.loads(pickle.dumps(config)) == config
 
 
 def test_registration_is_idempotent_and_survives_a_reload():
@@ -57,7 +57,7 @@ def test_registration_is_idempotent_and_survives_a_reload():
     assert list(PeftType) == members
     assert members.count("FLORA") == 1
     assert PeftType("FLORA") is PeftType.FLORA is PeftType["FLORA"] is FloraConfig().peft_type
-    assert pickle.loads(pickle.dumps(PeftType.FLORA)) is PeftType.FLORA  # noqa: S301
+    assert pickle.loads(pickle.dumps(PeftType.FLORA)) is PeftType.FLORA
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.FLORA] is FloraConfig
 
 

@@ -1,0 +1,556 @@
+"""An adapter's folder: what is written is read, and all that is wrong is said in one line."""
+
+import json
+import os
+import pickle
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from flora.adapters import checkpoint as module
+from flora.adapters.checkpoint import (
+    CONFIG_FILE,
+    PREFIX,
+    TENSORS_FILE,
+    Checkpoint,
+    Limits,
+    find_adapters,
+    read_checkpoint,
+    write_checkpoint,
+)
+from flora.adapters.kinds import KINDS, get_kind
+from flora.errors import FloraError, InvalidAdapterError, UsageError
+
+BASE = SimpleNamespace(
+    shapes={"layers.0.up": (6, 4), "layers.0.down": (4, 6), "head": (9, 4)}, head="head"
+)
+
+
+def made(kind: str, **config: Any) -> Checkpoint:
+    """An adapter of the base, away from its start."""
+    module = get_kind(kind)
+    typed = module.Config(**{"r": 2, "target_modules": ["up", "down"], **config})
+    generator = torch.Generator().manual_seed(0)
+    params = {}
+    for name in ("layers.0.up", "layers.0.down"):
+        start = module.init(typed, name, BASE.shapes[name], generator)
+        params[name] = {n: t + torch.randn(t.shape, generator=generator) for n, t in start.items()}
+    return Checkpoint(kind=kind, config=typed, params=params, base_model="org/base")
+
+
+def tensors_of(found: Checkpoint) -> dict[str, Tensor]:
+    return {f"{m}.{n}": t for m, params in found.params.items() for n, t in params.items()}
+
+
+class Folder:
+    """A good adapter's folder, to be broken."""
+
+    def __init__(self, path: Path, kind: str = "FLORA") -> None:
+        self.path = path
+        write_checkpoint(path, made(kind))
+        self.config = json.loads((path / CONFIG_FILE).read_text())
+        self.tensors = {PREFIX + name: t for name, t in tensors_of(made(kind)).items()}
+
+    def write(self) -> None:
+        (self.path / CONFIG_FILE).write_text(json.dumps(self.config))
+        save_file(self.tensors, self.path / TENSORS_FILE)
+
+    def faults(self, base: Any = BASE, **limits: int) -> str:
+        with pytest.raises(InvalidAdapterError) as caught:
+            read_checkpoint(self.path, base, Limits(**limits))
+        text = str(caught.value)
+        assert "\n" not in text
+        prefix = f"adapter {str(self.path)!r}: "
+        assert text.startswith(prefix)
+        return text.removeprefix(prefix)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "adapter")
+
+
+UP_A, UP_B = f"{PREFIX}layers.0.up.flora_A", f"{PREFIX}layers.0.up.flora_B"
+
+
+# --- what holds
+
+
+@pytest.mark.parametrize("base", [BASE, None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_read(kind, base, tmp_path):
+    written = made(kind)
+    write_checkpoint(tmp_path / "deep" / "adapter", written)
+    found = read_checkpoint(tmp_path / "deep" / "adapter", base)
+    assert found.kind == kind
+    assert found.config == written.config
+    assert found.base_model == "org/base"
+    assert found.identity == written.identity
+    expected = tensors_of(written)
+    assert tensors_of(found).keys() == expected.keys()
+    assert all(torch.equal(t, expected[n]) for n, t in tensors_of(found).items())
+    assert found.adapter().identity == written.identity
+
+
+def test_the_layout_is_pefts(tmp_path):
+    folder = Folder(tmp_path / "adapter")
+    assert sorted(os.listdir(folder.path)) == [CONFIG_FILE, TENSORS_FILE]
+    assert folder.config["peft_type"] == "FLORA"
+    assert {n: tuple(t.shape) for n, t in folder.tensors.items()} == {
+        "base_model.model.layers.0.up.flora_A": (2, 6),
+        "base_model.model.layers.0.up.flora_B": (2, 4),
+        "base_model.model.layers.0.down.flora_A": (2, 4),
+        "base_model.model.layers.0.down.flora_B": (2, 6),
+    }
+    f = read_checkpoint(folder.path).adapter().layers["layers.0.up"]
+    weight = torch.randn(6, 4)
+    a, b = folder.tensors[UP_A], folder.tensors[UP_B]
+    torch.testing.assert_close(f.merge(weight), weight * (a.T @ b) / 2)
+
+
+@pytest.mark.parametrize("base", [BASE, None])
+def test_three_keys_are_enough(folder, base):
+    folder.config = {"peft_type": "FLORA", "r": 2, "target_modules": ["up", "down"]}
+    folder.write()
+    assert read_checkpoint(folder.path, base).config.r == 2
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"peft_type": "flora"},
+        {"target_modules": "all-linear"},
+        {"target_modules": "ALL-LINEAR"},
+        {"target_modules": r".*\.(up|down)"},
+        {"target_modules": None},
+        {"target_modules": ["up", "down", "head"], "exclude_modules": ["head"]},
+        {"some_new_key": None},
+        {"some_new_key": False, "another": [], "third": {}},
+        {"task_type": "CAUSAL_LM", "peft_version": "9.9", "auto_mapping": {"a": 1}},
+        {"init_weights": False},
+    ],
+)
+def test_what_passes(folder, extra):
+    folder.config |= extra
+    folder.write()
+    assert read_checkpoint(folder.path, BASE).identity == made("FLORA").identity
+
+
+@pytest.mark.parametrize("dtype", module.FLOATS)
+def test_every_float_type_is_read_and_filled_in_fp32_at_least(folder, dtype):
+    folder.tensors = {n: t.to(dtype) for n, t in folder.tensors.items()}
+    folder.write()
+    factors = read_checkpoint(folder.path, BASE).adapter().layers["layers.0.up"]
+    assert factors.hadamard_in.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(factors.hadamard_in, folder.tensors[UP_B].to(factors.hadamard_in.dtype))
+
+
+# --- what does not
+
+
+def no_file(name: str) -> Callable[[Folder], None]:
+    return lambda f: (f.path / name).unlink()
+
+
+def text(content: str | bytes) -> Callable[[Folder], None]:
+    raw = content.encode() if isinstance(content, str) else content
+    return lambda f: (f.path / CONFIG_FILE).write_bytes(raw)
+
+
+def config(**change: Any) -> Callable[[Folder], None]:
+    def apply(f: Folder) -> None:
+        f.config |= change
+        f.write()
+
+    return apply
+
+
+def tensors(**change: Callable[[Tensor], Tensor] | Tensor | None) -> Callable[[Folder], None]:
+    """Names relative to the up layer; None takes the tensor away."""
+
+    def apply(f: Folder) -> None:
+        for name, value in change.items():
+            key = f"{PREFIX}layers.0.up.{name}"
+            found = value(f.tensors[key]) if callable(value) else value
+            if found is None:
+                del f.tensors[key]
+            else:
+                f.tensors[key] = found.contiguous()
+        f.write()
+
+    return apply
+
+
+def with_nan(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor[1, 2] = torch.nan
+    return tensor
+
+
+def all_tensors(change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> Callable[..., None]:
+    def apply(f: Folder) -> None:
+        f.tensors = change(f.tensors)
+        f.write()
+
+    return apply
+
+
+def raw_tensors(change: Callable[[bytes], bytes]) -> Callable[[Folder], None]:
+    def apply(f: Folder) -> None:
+        path = f.path / TENSORS_FILE
+        path.write_bytes(change(path.read_bytes()))
+
+    return apply
+
+
+FAULTS: dict[str, tuple[Callable[[Folder], None], list[str]]] = {
+    "no config": (no_file(CONFIG_FILE), [f"{CONFIG_FILE} is missing"]),
+    "no tensors": (no_file(TENSORS_FILE), [f"{TENSORS_FILE} is missing"]),
+    "broken JSON": (text('{"r": 2'), [CONFIG_FILE, "not JSON"]),
+    "not text": (text(b"\xff\xfe\x00\x80"), [CONFIG_FILE, "not JSON"]),
+    "deep nesting": (text("[" * 100_000), [CONFIG_FILE, "not JSON"]),
+    "a number of many digits": (text('{"r": ' + "1" * 9999 + "}"), [CONFIG_FILE, "not JSON"]),
+    "huge config": (text(b" " * 5 * 2**20), [CONFIG_FILE, "larger than"]),
+    "a list": (text("[]"), [CONFIG_FILE, "not a JSON object"]),
+    "no kind": (text("{}"), ["peft_type None", "FLORA, LORA"]),
+    "unknown kind": (config(peft_type="X\nY"), [r"peft_type 'X\nY'", "FLORA, LORA"]),
+    "kind of a wrong type": (config(peft_type=["FLORA"]), ["peft_type ['FLORA']"]),
+    "unknown key": (config(use_magic=True), ["use_magic"]),
+    "modules_to_save": (config(modules_to_save=["head"]), ["modules_to_save"]),
+    "a key of two lines": (config(**{"x\ny": 1}), ["not permitted"]),
+    "r = 0": (config(r=0), ["r = 0"]),
+    "r < 0": (config(r=-1), ["r = -1"]),
+    "r of a wrong type": (config(r="2"), ["r = '2'"]),
+    "r = 2.0": (config(r=2.0), ["r = 2.0"]),
+    "r = true": (config(r=True), ["r = True"]),
+    "huge r": (
+        config(r=10**9),
+        ["layers.0.up.flora_A: found shape [2, 6], expected [1000000000, 6]"],
+    ),
+    "a regex that is none": (config(target_modules="*up("), ["target_modules"]),
+    "a rank_pattern that is none": (config(rank_pattern={"*up(": 2}), ["rank_pattern"]),
+    "targets of a wrong type": (config(target_modules=3), ["target_modules"]),
+    "two wrong keys": (
+        config(r=0, rank_pattern={"up": -1}, magic=1),
+        ["r = 0", "rank_pattern.up = -1", "magic"],
+    ),
+    "no such target": (config(target_modules=["nope"]), ["target_modules mean no linear layer"]),
+    "target without tensors": (
+        config(target_modules=["up", "down", "head"]),
+        ["head.flora_A is missing", "head.flora_B is missing"],
+    ),
+    "layer not in the base": (
+        all_tensors(lambda t: {n.replace("0.up", "7.up"): v for n, v in t.items()}),
+        ["layers.7.up: the base model has no such", "layers.0.up.flora_A is missing"],
+    ),
+    "NaN": (tensors(flora_A=with_nan), ["layers.0.up.flora_A holds NaN or Inf"]),
+    "Inf": (tensors(flora_B=lambda t: t / 0), ["layers.0.up.flora_B holds NaN or Inf"]),
+    "wrong shape": (
+        tensors(flora_A=torch.ones(2, 5)),
+        ["layers.0.up.flora_A: found shape [2, 5], expected [2, 6]"],
+    ),
+    "wrong rank": (
+        tensors(flora_B=torch.ones(3, 4)),
+        ["layers.0.up.flora_B: found shape [3, 4], expected [2, 4]"],
+    ),
+    "transposed": (
+        tensors(flora_A=lambda t: t.T, flora_B=lambda t: t.T),
+        ["found shape [6, 2], expected [2, 6]", "found shape [4, 2], expected [2, 4]"],
+    ),
+    "a vector": (tensors(flora_A=torch.ones(6)), ["found shape [6], expected [2, 6]"]),
+    "empty": (tensors(flora_A=torch.ones(0, 6)), ["found shape [0, 6], expected [2, 6]"]),
+    "integers": (
+        tensors(flora_A=torch.ones(2, 6, dtype=torch.int32)),
+        ["flora_A: found torch.int32"],
+    ),
+    "complex": (tensors(flora_A=torch.ones(2, 6) * 1j), ["flora_A"]),
+    "missing tensor": (tensors(flora_A=None), ["layers.0.up.flora_A is missing"]),
+    "extra tensor": (
+        tensors(flora_C=torch.ones(2)),
+        [f"{PREFIX}layers.0.up.flora_C", "not a tensor of FLORA"],
+    ),
+    "another kind's tensors": (
+        tensors(**{"lora_A.weight": torch.ones(2, 4)}),
+        ["up.lora_A.weight", "not a tensor of FLORA"],
+    ),
+    "a name of two lines": (tensors(**{"x\ny": torch.ones(2)}), ["not a tensor of FLORA"]),
+    "a module of two lines": (
+        all_tensors(lambda t: {n.replace("0.up", "0\n.up"): v for n, v in t.items()}),
+        [r"layers.0\n.up.flora_A", "not a tensor of FLORA"],
+    ),
+    "no prefix": (
+        all_tensors(lambda t: {n.removeprefix(PREFIX): v for n, v in t.items()}),
+        ["layers.0.up.flora_A", "not a tensor of FLORA"],
+    ),
+    "no tensor": (all_tensors(lambda _: {}), ["layers.0.up.flora_A is missing"]),
+    "truncated": (raw_tensors(lambda b: b[:-1]), [TENSORS_FILE, "not a safetensors file"]),
+    "empty file": (raw_tensors(lambda _: b""), [TENSORS_FILE, "not a safetensors file"]),
+    "header of absurd length": (
+        raw_tensors(lambda b: struct.pack("<Q", 2**63) + b[8:]),
+        [TENSORS_FILE, "not a safetensors file"],
+    ),
+    "two faults in two tensors": (
+        tensors(flora_A=with_nan, flora_B=None, flora_C=torch.ones(1)),
+        ["flora_A holds NaN", "flora_B is missing", "flora_C"],
+    ),
+    "config and tensors": (
+        lambda f: (tensors(flora_A=with_nan)(f), config(r=0)(f), (f.path / TENSORS_FILE).unlink()),
+        ["r = 0", f"{TENSORS_FILE} is missing"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_is_said(folder, fault):
+    spoil, expected = FAULTS[fault]
+    spoil(folder)
+    found = folder.faults()
+    missing = [part for part in expected if part not in found]
+    assert not missing, found
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (tensors(flora_B=torch.ones(3, 4)), "found shape [3, 4], expected [2, 4]"),
+        (config(r=3), "found shape [2, 4], expected [3, 4]"),
+        (tensors(flora_A=lambda t: t.T), "found shape [6, 2], expected [2, 2]"),
+        (tensors(flora_A=None), "layers.0.up.flora_A is missing"),
+        (tensors(flora_A=with_nan), "holds NaN"),
+    ],
+)
+def test_without_a_base_sizes_are_checked_against_each_other(folder, spoil, expected):
+    spoil(folder)
+    assert expected in folder.faults(base=None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": 10**400},
+        {"alpha_pattern": {"up": float("nan")}},
+        {"bias": "all"},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"layer_replication": [[0, 1]]},
+        {"trainable_token_indices": [1]},
+        {"lora_alpha": "16"},
+    ],
+    ids=str,
+)
+def test_a_lora_config_that_cannot_be_meant(tmp_path, change):
+    folder = Folder(tmp_path / "adapter", "LORA")
+    folder.config |= change
+    folder.write()
+    assert next(iter(change)) in folder.faults()
+
+
+def test_limits(folder):
+    assert "rank over the limit of 1" in folder.faults(rank=1)
+    assert read_checkpoint(folder.path, BASE, Limits(rank=2))
+    size = (folder.path / TENSORS_FILE).stat().st_size
+    assert f"{TENSORS_FILE} is larger than {size - 1} bytes" in folder.faults(file_bytes=size - 1)
+    assert read_checkpoint(folder.path, BASE, Limits(file_bytes=size))
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", TENSORS_FILE])
+def test_a_pickle_is_never_opened(folder, tmp_path, name):
+    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    (folder.path / TENSORS_FILE).unlink()
+    (folder.path / name).write_bytes(bomb)
+    found = folder.faults()
+    assert name in found
+    assert ("is a pickle" in found) == (name != TENSORS_FILE)
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(bomb).close()
+    assert (tmp_path / "exploded").exists()
+
+
+def test_no_folder_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="no adapter folder"):
+        read_checkpoint(tmp_path / "nowhere")
+
+
+# --- any bytes
+
+
+def damage(draw: st.DrawFn, content: bytes) -> bytes:
+    spoiled = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        spoiled[draw(st.integers(0, len(spoiled) - 1))] = draw(st.integers(0, 255))
+    return bytes(spoiled[: draw(st.integers(0, len(spoiled)))] if draw(st.booleans()) else spoiled)
+
+
+def outcome(path: Path, base: Any) -> Checkpoint | str:
+    """What was read, or the one line of its refusal."""
+    try:
+        return read_checkpoint(path, base)
+    except InvalidAdapterError as error:
+        refusal = str(error)
+    assert "\n" not in refusal
+    return refusal
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pristine")
+    return {kind: Folder(root / kind, kind).path for kind in KINDS}
+
+
+@given(data=st.data())
+@settings(max_examples=300)
+def test_damaged_bytes_are_refused_or_hold(pristine, data):
+    source = pristine[data.draw(st.sampled_from(sorted(KINDS)))]
+    target = source.parent / "damaged"
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    name = data.draw(st.sampled_from([CONFIG_FILE, TENSORS_FILE]))
+    (target / name).write_bytes(damage(data.draw, (source / name).read_bytes()))
+    found = outcome(target, data.draw(st.sampled_from([BASE, None])))
+    if isinstance(found, Checkpoint):
+        assert all(t.isfinite().all() for t in tensors_of(found).values())
+        found.adapter()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@given(data=st.data())
+@settings(max_examples=200)
+def test_any_config_is_refused_or_holds(pristine, data):
+    kind = data.draw(st.sampled_from(sorted(KINDS)))
+    target = pristine[kind].parent / "configured"
+    shutil.copytree(pristine[kind], target, dirs_exist_ok=True)
+    keys = sorted(get_kind(kind).Config.model_fields)
+    change = data.draw(
+        st.dictionaries(st.sampled_from(keys) | st.text(max_size=5), JSON, max_size=3)
+    )
+    raw = json.loads((target / CONFIG_FILE).read_text()) | change
+    (target / CONFIG_FILE).write_text(json.dumps(raw))
+    found = outcome(target, data.draw(st.sampled_from([BASE, None])))
+    if isinstance(found, Checkpoint):
+        found.adapter()
+
+
+# --- writing
+
+
+def test_an_older_folder_is_replaced_as_a_whole(folder, tmp_path):
+    (folder.path / "stale").touch()
+    newer = made("LORA")
+    write_checkpoint(folder.path, newer)
+    assert sorted(os.listdir(folder.path)) == [CONFIG_FILE, TENSORS_FILE]
+    assert os.listdir(tmp_path) == ["adapter"]
+    assert read_checkpoint(folder.path, BASE).identity == newer.identity
+
+
+@pytest.mark.parametrize("step", ["save_file", "json", "rename"])
+def test_a_write_that_fails_changes_nothing(folder, tmp_path, monkeypatch, step):
+    before = read_checkpoint(folder.path).identity
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    if step == "rename":
+        rename = Path.rename
+        monkeypatch.setattr(
+            Path, "rename", lambda self, to: fail() if self.name == "new" else rename(self, to)
+        )
+    elif step == "json":
+        monkeypatch.setattr(module.json, "dumps", fail)
+    else:
+        monkeypatch.setattr(module, "save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        write_checkpoint(folder.path, made("LORA"))
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["adapter"]
+    assert read_checkpoint(folder.path).identity == before
+
+
+def test_parameters_that_train_are_written(tmp_path):
+    checkpoint = made("FLORA")
+    for params in checkpoint.params.values():
+        for name, tensor in params.items():
+            params[name] = tensor.T.contiguous().T.requires_grad_()
+    write_checkpoint(tmp_path / "a", checkpoint)
+    assert read_checkpoint(tmp_path / "a").identity == made("FLORA").identity
+
+
+# --- identity
+
+
+def changed(**config: Any) -> Checkpoint:
+    return made("LORA", **config)
+
+
+def test_the_identity_is_of_what_is_computed(tmp_path):
+    first = made("LORA")
+    write_checkpoint(tmp_path / "one", first)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    raw = json.loads((tmp_path / "two" / CONFIG_FILE).read_text())
+    raw |= {"task_type": "X", "peft_version": "9", "base_model_name_or_path": "other"}
+    raw |= {"target_modules": "all-linear", "lora_dropout": 0.5, "init_lora_weights": False}
+    (tmp_path / "two" / CONFIG_FILE).write_text(json.dumps(raw))
+    backwards = dict(reversed([(PREFIX + n, t) for n, t in tensors_of(first).items()]))
+    (tmp_path / "two" / TENSORS_FILE).write_bytes(save(backwards, {"some": "metadata"}))
+    assert read_checkpoint(tmp_path / "two", BASE).identity == first.identity
+
+
+def test_all_else_gives_another_identity():
+    first = made("LORA")
+    others = [
+        changed(lora_alpha=9.0),
+        changed(use_rslora=True),
+        changed(alpha_pattern={"up": 9.0}),
+        made("FLORA"),
+    ]
+    for name in first.params["layers.0.up"]:
+        params = {m: dict(p) for m, p in first.params.items()}
+        tensor = params["layers.0.up"][name].clone()
+        tensor[0, 0] = tensor[0, 0].nextafter(torch.tensor(9.0))
+        params["layers.0.up"][name] = tensor
+        others.append(Checkpoint(kind="LORA", config=first.config, params=params))
+    half = {m: {n: t.double() for n, t in p.items()} for m, p in first.params.items()}
+    others.append(Checkpoint(kind="LORA", config=first.config, params=half))
+    moved = {m.replace("up", "gate"): p for m, p in first.params.items()}
+    others.append(Checkpoint(kind="LORA", config=first.config, params=moved))
+    assert len({first.identity, *(other.identity for other in others)}) == len(others) + 1
+
+
+# --- a folder of folders
+
+
+def test_find_adapters(tmp_path):
+    for name in ("b", "a"):
+        write_checkpoint(tmp_path / name, made("FLORA"))
+    (tmp_path / "else").mkdir()
+    assert find_adapters(tmp_path) == {"a": tmp_path / "a", "b": tmp_path / "b"}
+    assert find_adapters(tmp_path / "a") == {"a": tmp_path / "a"}
+    with pytest.raises(UsageError, match="holds no adapter") as caught:
+        find_adapters(tmp_path / "else")
+    assert isinstance(caught.value, FloraError)
