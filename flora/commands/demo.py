@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import typer
 
 LANGUAGES = ("ruby", "perl", "rust", "haskell", "scheme", "bash", "ocaml", "php")
-PROMPT = "# Compute the factorial of n"
+PROMPT = "# Sort a list"
 STEPS = 90
 REPORT_STEPS = 10
 ROW_TOKENS = 64
-LEARNING_RATE = 6e-3
+LEARNING_RATE = 1e-2
 ANSWER_TOKENS = 64
 SPEED_TOKENS = 32
 REPEATS = 3

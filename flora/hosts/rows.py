@@ -103,12 +103,14 @@ def make_batch(
     known: Callable[[str], bool],
     lookup: Callable[[str, tuple[str | None, ...]], BatchFactors | None],
     attention_mask: Tensor | None = None,
+    columns: int | None = None,
 ) -> Batch:
     """Sort the rows' adapters into groups.
 
     adapters:       one entry a row.
     known:          whether there is an adapter of a name.
     attention_mask: `[rows, columns]`, from which spans learn where a row's own tokens begin.
+    columns:        how many there are, where that is known; spans without a mask may fill them.
 
     Raises UnknownAdapterError, and ShapeError for spans that hold more tokens than their row.
     """
@@ -128,13 +130,16 @@ def make_batch(
             )
         )
     starts = [0] * len(spans)
-    if attention_mask is not None and any(len(row) > 1 for row in spans):
-        if attention_mask.ndim != 2 or attention_mask.shape[0] != len(spans):
-            raise ShapeError(f"spans need an attention_mask [rows, columns] of {len(spans)} rows")
-        starts = attention_mask.bool().int().argmax(dim=1).tolist()
-        for row, own in zip(spans, attention_mask.bool().sum(dim=1).tolist(), strict=True):
-            if len(row) > 1 and sum(tokens for _, tokens in row) > own:
-                raise ShapeError(f"a row's spans hold more tokens than its {own}")
+    if any(len(row) > 1 for row in spans):
+        lengths = [columns] * len(spans)
+        if attention_mask is not None:
+            if attention_mask.ndim != 2 or attention_mask.shape[0] != len(spans):
+                raise ShapeError(f"spans need an attention_mask of {len(spans)} rows")
+            starts = attention_mask.bool().int().argmax(dim=1).tolist()
+            lengths = attention_mask.bool().sum(dim=1).tolist()
+        for row, length in zip(spans, lengths, strict=True):
+            if length is not None and len(row) > 1 and sum(n for _, n in row) > length:
+                raise ShapeError(f"a row's spans hold more tokens than its {length}")
     return Batch(tuple(groups), tuple(spans), lookup, tuple(starts))
 
 

@@ -225,8 +225,10 @@ class Host:
         """The call whose layer runs; in a backward (of checkpointed layers) the one replayed."""
         return self._replayed if torch._C._current_graph_task_id() != -1 else self.call
 
-    def _batch(self, adapters: Sequence[RowAdapter], mask: Tensor | None) -> Batch:
-        return make_batch(adapters, self.source.__contains__, self.source.factors, mask)
+    def _batch(
+        self, adapters: Sequence[RowAdapter], mask: Tensor | None, columns: int | None
+    ) -> Batch:
+        return make_batch(adapters, self.source.__contains__, self.source.factors, mask, columns)
 
     def _wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         # Not traced itself: the rows' names would be compiled in. What it calls is compiled.
@@ -256,12 +258,14 @@ class Host:
             return None
         inputs = _first_tensor(args, kwargs, ("input_ids", "inputs_embeds"))
         rows, columns = inputs.shape[:2]
+        past = kwargs.get("past_key_values")
         if adapters is None and self._generating is not None:
             batch = self._generating
         else:
-            batch = self._batch(adapters or (), kwargs.get("attention_mask"))
-        past = kwargs.get("past_key_values") if batch.by_column else None
-        first = 0 if past is None else int(past.get_seq_length())
+            mask = kwargs.get("attention_mask")
+            # Spans count what is cached as well.
+            batch = self._batch(adapters or (), mask, columns if past is None else None)
+        first = int(past.get_seq_length()) if batch.by_column and past is not None else 0
         return None if batch.only_base else batch.call(rows, columns, first)
 
     def _replay_in_backward(self, output: Any, call: Call | None) -> None:
@@ -292,7 +296,8 @@ class Host:
                     f"adapter_names has {len(adapter_names)} entries, "
                     f"the batch {inputs.shape[0]} rows"
                 )
-            with self._generate_batch(self._batch(adapter_names, kwargs.get("attention_mask"))):
+            mask = kwargs.get("attention_mask")
+            with self._generate_batch(self._batch(adapter_names, mask, inputs.shape[1])):
                 return generate(*args, **kwargs)
 
         return wrapper

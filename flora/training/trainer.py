@@ -148,14 +148,16 @@ class JointTrainer:
         """
         self.model = model
         self.adapters = TrainedAdapters(model, recipes, seed)
-        self.optimizer = torch.optim.AdamW(
+        groups = [
             {
                 "params": self.adapters.leaves(name),
                 "lr": recipe.learning_rate,
                 "weight_decay": recipe.weight_decay,
             }
             for name, recipe in recipes.items()
-        )
+        ]
+        # Fused, as adapters are thousands of small tensors.
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
         schedule = schedule or Schedule()
         self.scheduler = get_scheduler(
             schedule.name,
