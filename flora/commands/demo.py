@@ -119,7 +119,7 @@ def _train(base: Any, tokenizer: Any, texts: dict[str, list[str]], console: Any)
     recipe = parse_recipe({"peft_type": "FLORA", "r": 1, "learning_rate": LEARNING_RATE})
     start = time.perf_counter()
     recent: dict[str, deque[float]] = {name: deque(maxlen=REPORT_STEPS) for name in texts}
-    console.print("mean loss  " + " ".join(f"{name:>8}" for name in texts))
+    console.print("mean loss  " + " ".join(f"{name:>7}" for name in texts))
     with JointTrainer(base, dict.fromkeys(texts, recipe)) as trainer:
         with progress("training", STEPS) as advance:
             for step, batch in zip(range(1, 1 + STEPS), RowStream(rows, 1, seed=0), strict=False):
@@ -127,7 +127,7 @@ def _train(base: Any, tokenizer: Any, texts: dict[str, list[str]], console: Any)
                     recent[name].append(loss)
                 advance("")
                 if step % REPORT_STEPS == 0:
-                    means = " ".join(f"{mean(losses):8.2f}" for losses in recent.values())
+                    means = " ".join(f"{mean(losses):7.2f}" for losses in recent.values())
                     console.print(f"step {step:4}  {means}")
         console.print(f"{STEPS} steps in {time.perf_counter() - start:.0f} s")
         return {name: trainer.adapters.checkpoint(name, None).adapter() for name in texts}

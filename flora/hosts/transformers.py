@@ -346,7 +346,7 @@ class AdaptedLayer:
             weight=self.module.weight if self.plain else None,  # type: ignore[arg-type]
             backend=self.host.backend,
         )
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y if x_SNI is x else y.reshape(*x.shape[:-1], y.shape[-1])
 
     def wrapper(self) -> Callable[[Tensor], Tensor]:
         """The forward to set on the module; under compilation one opaque operator."""
@@ -373,6 +373,8 @@ class AdaptedLayer:
 
     def _units(self, x: Tensor, call: Call) -> tuple[tuple[int, ...], Tensor]:
         """The call's units, and x as `[units, tokens, in]`. Raises ShapeError for other shapes."""
+        if x.ndim == 3 and x.shape[0] == call.rows and not call.by_column:
+            return call.units, x
         tokens = x.numel() // x.shape[-1]
         if x.shape[0] == call.rows or x.shape[0] == tokens == call.rows * call.columns:
             columns = tokens // call.rows

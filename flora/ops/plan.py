@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -78,6 +78,16 @@ class Plan:
     bias: Numbers
     _on: dict[torch.device, OnDevice] = field(default_factory=dict, repr=False)
 
+    @cached_property
+    def only_scales(self) -> bool:
+        """Whether each row goes through W0 once, scaled, and that is all."""
+        return (
+            len(self.passes) == 1
+            and self.passes[0].rows is None
+            and self.passes[0].pages is not None
+            and not (self.weight_side or self.additive or self.bias)
+        )
+
     def on(self, device: torch.device) -> OnDevice:
         """The indices on a device, made once."""
         if device not in self._on:
@@ -92,7 +102,7 @@ class Plan:
         return self._on[device]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def make_plan(
     rows: tuple[int, ...],
     pairs: tuple[int, ...],
