@@ -307,7 +307,9 @@ def test_generate_says_what_is_missing(capsys, folder, tmp_path):
     fails(capsys, 2, "no model folder", "generate", tmp_path / "none", *call, path)
     fails(capsys, 2, "holds no adapter", "generate", "m", "--adapters", tmp_path, "--input", path)
     empty = jsonl(tmp_path / "empty.jsonl")
-    fails(capsys, 1, "holds no line", "generate", folder / "model", *call, empty)
+    out = ("--output", tmp_path / "out.jsonl")
+    fails(capsys, 1, "holds no line", "generate", folder / "model", *call, empty, *out)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 # train

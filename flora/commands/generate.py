@@ -3,8 +3,8 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from itertools import islice
+from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -57,11 +57,14 @@ def command(
     room = getattr(base_model.config, "max_position_embeddings", None)
     longest = None if room is None else room - new_tokens
     seen = failed = 0
-    with (
-        nullcontext(sys.stdin) if input == "-" else Path(input).open() as source,
-        nullcontext(sys.stdout) if output is None else output.open("w") as sink,
-    ):
-        for batch in _batches(source, rows):
+    with ExitStack() as files:
+        source = sys.stdin if input == "-" else files.enter_context(Path(input).open())
+        batches = _batches(source, rows)
+        first = next(batches, None)
+        if first is None:
+            raise FloraError(f"{input!r} holds no line")
+        sink = sys.stdout if output is None else files.enter_context(output.open("w"))
+        for batch in chain([first], batches):
             requests = [_request(line, folders, tokenizer, longest) for line in batch]
             good = [request for request in requests if request.tokens]
             answers = iter(_answer(base_model, tokenizer, good, settings))
@@ -71,8 +74,6 @@ def command(
             sink.flush()
             seen += len(requests)
             failed += len(requests) - len(good)
-    if not seen:
-        raise FloraError(f"{input!r} holds no line")
     if failed:
         raise FloraError(f"{failed} of {seen} lines failed; their results say why")
 
