@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shlex
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -9,10 +11,11 @@ PACKAGES = ("flora-llm", "torch", "transformers", "peft")
 
 
 def environment() -> dict[str, object]:
-    """The machine and the versions, as every record carries them."""
+    """The command, the machine and the versions, as every record carries them."""
     import torch
 
     return {
+        "command": shlex.join(["flora", *sys.argv[1:]]),
         "machine": {
             "processor": _processor(),
             "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+MODEL = "SmolLM2-135M-Instruct"
 LANGUAGES = ("ruby", "perl", "rust", "haskell", "scheme", "bash", "ocaml", "php")
 PROMPT = "# Sort a list"
 STEPS = 90
@@ -25,7 +26,7 @@ REPEATS = 3
 def command(
     model: Annotated[
         str | None,
-        typer.Option(help="A folder or a repository of the hub; SmolLM2-135M-Instruct if not."),
+        typer.Option(help=f"A folder or a repository of the hub; {MODEL} if not."),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="A folder with <language>/<files> to train on.")
@@ -49,8 +50,8 @@ def command(
     console.print("[bold]1. A model, and source code in eight languages[/bold]")
     texts = split(text or demo_text(), LANGUAGES)
     detector = LanguageDetector().fit(split(text or demo_text()).held_out)
-    source = model or str(demo_model())
-    base, tokenizer = load_model(source)
+    source = model or MODEL
+    base, tokenizer = load_model(model or str(demo_model()))
 
     console.print(f"[bold]2. Eight FLoRA adapters of rank 1, trained in one batch[/bold]: {source}")
     adapters = _train(base, tokenizer, texts.train, console)

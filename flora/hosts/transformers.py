@@ -266,7 +266,8 @@ class Host:
             # Spans count what is cached as well.
             batch = self._batch(adapters or (), mask, columns if past is None else None)
         first = int(past.get_seq_length()) if batch.by_column and past is not None else 0
-        return None if batch.only_base else batch.call(rows, columns, first)
+        call = batch.call(rows, columns, first)
+        return None if batch.only_base else call
 
     def _replay_in_backward(self, output: Any, call: Call | None) -> None:
         """Set the call again when a backward comes through: checkpointed layers run once more."""
