@@ -45,6 +45,8 @@ def command(
 
     console = Console()
     facts = Table(show_header=False, box=None)
+    facts.add_column()
+    facts.add_column(overflow="fold")
     facts.add_row("kind", checkpoint.kind)
     for key, value in config.items():
         facts.add_row(key, json.dumps(value))
