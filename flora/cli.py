@@ -16,6 +16,9 @@ COMMANDS = {
     "train": "flora.commands.train",
 }
 
+EXTRAS = ("accelerate", "gguf", "peft", "transformers", "yaml")
+"""What the extras of flora-llm bring."""
+
 app = typer.Typer(
     help="Batched low-rank adaptation: one batch, each row with its own adapter.",
     add_completion=False,
@@ -37,6 +40,12 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        code = _fail(error, 1)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        code = _fail(f"this needs {error.name}: pip install 'flora-llm[demo]'", 1)
     except KeyboardInterrupt:
         code = _fail("stopped", 130)
     except Exception as error:

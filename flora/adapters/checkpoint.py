@@ -111,6 +111,7 @@ def read_checkpoint(
 def write_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """Write an adapter's folder as PEFT reads it; an older one there is replaced as a whole."""
     folder = Path(folder)
+    check_writable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     config = {
         "peft_type": checkpoint.kind,
@@ -128,7 +129,7 @@ def write_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> 
         new, old = Path(scratch, "new"), Path(scratch, "old")
         new.mkdir()
         save_file(tensors, new / TENSORS_FILE, metadata={"format": "pt"})
-        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (new / CONFIG_FILE).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
         if folder.exists():
             folder.rename(old)
         try:
@@ -137,6 +138,14 @@ def write_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> 
             if old.exists():
                 old.rename(folder)
             raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UsageError where a folder's name is taken by anything but an adapter."""
+    if not folder.exists() or (folder / CONFIG_FILE).is_file():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise UsageError(f"{str(folder)!r} exists and is no adapter's folder; name another")
 
 
 def find_adapters(folder: str | os.PathLike[str]) -> dict[str, Path]:
@@ -169,16 +178,22 @@ def _read(folder: Path, base: Base | None, limits: Limits) -> Checkpoint:
     if faults:
         raise InvalidAdapterError("; ".join(faults))
     params = _by_module(kind, config, tensors, base, faults)
+    known = base is not None and config.target_modules is not None
+    meant = targeted(config, base) if known and base is not None else None
     for module in sorted(params):
         shape = None if base is None else base.shapes.get(module)
         if base is not None and shape is None:
             faults.append(f"{module}: the base model has no such linear layer")
+        elif meant is not None and module not in meant:
+            faults.append(f"{module}: target_modules do not mean this layer")
         faults += _check_module(kind, config, module, params[module], shape, limits)
     if not params and not faults:
         faults.append(f"{TENSORS_FILE}: no tensor in it")
+    base_model = raw.get("base_model_name_or_path")
+    if not isinstance(base_model, str | None):
+        faults.append(f"{CONFIG_FILE}: base_model_name_or_path = {base_model!r:.80}: not a text")
     if faults:
         raise InvalidAdapterError("; ".join(faults))
-    base_model = raw.get("base_model_name_or_path")
     return Checkpoint(kind=kind, config=config, params=params, base_model=base_model)
 
 

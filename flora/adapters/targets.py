@@ -63,7 +63,8 @@ class AdapterConfig(BaseModel):
 
     def arithmetic(self) -> str:
         """All that changes what an adapter of given tensors computes, as canonical JSON."""
-        return json.dumps(self.model_dump(include=set(self.read_by_fill)), sort_keys=True)
+        fields = self.model_dump(include=set(self.read_by_fill))
+        return json.dumps(sorted(fields.items()))  # a pattern's own order counts: the first match
 
 
 def targeted(config: AdapterConfig, base: Base) -> set[str]:

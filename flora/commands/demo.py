@@ -38,6 +38,7 @@ def command(
 ) -> None:
     """Train eight adapters together, then let one batch answer one prompt in eight languages."""
     from rich.console import Console
+    from rich.markup import escape
 
     from flora.assets import demo_model, demo_text
     from flora.bench.environment import environment
@@ -48,15 +49,18 @@ def command(
     if as_json:
         as_json.parent.mkdir(parents=True, exist_ok=True)
     console.print("[bold]1. A model, and source code in eight languages[/bold]")
-    texts = split(text or demo_text(), LANGUAGES)
-    detector = LanguageDetector().fit(split(text or demo_text()).held_out)
+    folder = text or demo_text()
+    texts = split(folder, LANGUAGES)
+    detector = LanguageDetector().fit(split(folder).held_out)
     source = model or MODEL
     base, tokenizer = load_model(model or str(demo_model()))
 
     console.print(f"[bold]2. Eight FLoRA adapters of rank 1, trained in one batch[/bold]: {source}")
     adapters = _train(base, tokenizer, texts.train, console)
 
-    console.print(f"\n[bold]3. One prompt, one batch, eight adapters[/bold]: {prompt!r}")
+    console.print(
+        f"\n[bold]3. One prompt, one batch, eight adapters[/bold]: {escape(repr(prompt))}"
+    )
     answers = _answer(base, tokenizer, adapters, prompt)
     seen = {name: detector.detect(answer) for name, answer in answers.items()}
     _print_answers(answers, seen, console)

@@ -29,7 +29,7 @@ def command(
     rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 32,
     new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of sampling.")] = 0,
 ) -> None:
     """Answer each line of a JSONL file by its own adapter; the results come in the same order.
 
@@ -43,6 +43,8 @@ def command(
 
     if input != "-" and not Path(input).is_file():
         raise UsageError(f"there is no input file {input!r}")
+    if output is not None and output.exists() and input != "-" and output.samefile(input):
+        raise UsageError("--output is the --input file; name another")
     folders = find_adapters(fetch(adapters))
     base_model, tokenizer = load_model(model)
     flora.attach(base_model, folders)
@@ -56,21 +58,28 @@ def command(
 
     room = getattr(base_model.config, "max_position_embeddings", None)
     longest = None if room is None else room - new_tokens
+    if longest is not None and longest < 1:
+        raise UsageError(f"--new-tokens {new_tokens}: the model has room for {room} tokens in all")
     seen = failed = 0
     with ExitStack() as files:
-        source = sys.stdin if input == "-" else files.enter_context(Path(input).open())
+        # As bytes: a line that is no UTF-8 is that line's fault alone.
+        file = None if input == "-" else files.enter_context(Path(input).open("rb"))
+        source = file or sys.stdin.buffer
         batches = _batches(source, rows)
         first = next(batches, None)
         if first is None:
             raise FloraError(f"{input!r} holds no line")
-        sink = sys.stdout if output is None else files.enter_context(output.open("w"))
+        opened = None if output is None else files.enter_context(output.open("wb"))
+        sink = opened or sys.stdout.buffer
         for batch in chain([first], batches):
             requests = [_request(line, folders, tokenizer, longest) for line in batch]
             good = [request for request in requests if request.tokens]
             answers = iter(_answer(base_model, tokenizer, good, settings))
             for request in requests:
                 text = {"text": next(answers)} if request.tokens else {}
-                sink.write(json.dumps(request.result | text, ensure_ascii=False) + "\n")
+                line = json.dumps(request.result | text, ensure_ascii=False) + "\n"
+                # A lone surrogate, which JSON may hold, goes out as JSON's own escape.
+                sink.write(line.encode("utf-8", "backslashreplace"))
             sink.flush()
             seen += len(requests)
             failed += len(requests) - len(good)
@@ -85,32 +94,35 @@ class Request(NamedTuple):
     tokens: list[int]
 
 
-def _batches(source: Iterable[str], rows: int) -> Iterator[list[str]]:
+def _batches(source: Iterable[bytes], rows: int) -> Iterator[list[bytes]]:
     lines = (line for line in source if line.strip())
     while batch := list(islice(lines, rows)):
         yield batch
 
 
-def _request(line: str, folders: dict[str, Path], tokenizer: Any, longest: int | None) -> Request:
+def _request(line: bytes, folders: dict[str, Path], tokenizer: Any, longest: int | None) -> Request:
     try:
         request = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Request({"error": f"not JSON: {error}", "line": line.strip()}, [])
+        return Request({"error": f"not JSON: {error}", "line": line.decode(errors="replace")}, [])
     if not isinstance(request, dict):
-        return Request({"error": "not a JSON object", "line": line.strip()}, [])
+        return Request({"error": "not a JSON object", "line": line.decode(errors="replace")}, [])
+    request = {key: value for key, value in request.items() if key not in ("error", "text")}
     name, prompt, messages = (request.get(key) for key in ("adapter", "prompt", "messages"))
     if name is not None and not (isinstance(name, str) and name in folders):
         return Request(request | {"error": f"there is no adapter {name!r}"}, [])
     tokens: list[int] = []
-    if isinstance(prompt, str):
-        tokens = tokenizer(prompt)["input_ids"]
-    elif messages is not None:
-        try:
+    try:  # tokenizers and templates are the model's own, and raise what they like
+        if isinstance(prompt, str):
+            tokens = tokenizer(prompt)["input_ids"]
+        elif messages is not None:
             tokens = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=True
             )["input_ids"]
-        except Exception as error:  # the template is the model's own, and raises what it likes
-            return Request(request | {"error": f"messages do not fit: {error}"}, [])
+        if not all(isinstance(token, int) for token in tokens):
+            raise ValueError("these are several conversations")
+    except Exception as error:
+        return Request(request | {"error": f"the prompt or messages do not fit: {error}"}, [])
     if not tokens:
         return Request(request | {"error": "no prompt"}, [])
     if longest is not None and len(tokens) > longest:

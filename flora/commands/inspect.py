@@ -43,7 +43,7 @@ def command(
         as_json.parent.mkdir(parents=True, exist_ok=True)
         as_json.write_text(json.dumps([record], indent=2) + "\n")
 
-    console = Console()
+    console = Console(markup=False, highlight=False)  # names and patterns may hold brackets
     facts = Table(show_header=False, box=None)
     facts.add_column()
     facts.add_column(overflow="fold")

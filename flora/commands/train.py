@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from flora.errors import UsageError, faults
 
+LOSSES = "losses.jsonl"
+
 
 class Config(BaseModel):
     """The YAML file of `flora train`.
@@ -50,14 +52,18 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
+    from flora.adapters.checkpoint import check_writable
     from flora.hosts.loading import load_model
     from flora.training.data import read_examples
     from flora.training.trainer import parse_recipe
 
+    if settings.output.exists() and not settings.output.is_dir():
+        raise UsageError(f"{config}: output {str(settings.output)!r} is no folder")
     recipes = {}
     for name, raw in settings.adapters.items():
-        if not re.fullmatch(r"[\w][\w.-]*", name):
-            raise UsageError(f"{config}: {name!r} cannot be a folder's name")
+        if not re.fullmatch(r"[\w][\w.-]*", name) or name == LOSSES:
+            raise UsageError(f"{config}: {name!r} cannot be an adapter's folder")
+        check_writable(settings.output / name)
         try:
             recipes[name] = parse_recipe(raw)
         except UsageError as error:
@@ -82,7 +88,7 @@ def read_config(path: Path) -> Config:
         raise UsageError(f"there is no config {str(path)!r}")
     try:
         raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{path} is not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path} is not a YAML mapping")
@@ -117,7 +123,9 @@ def train(
                     losses[name].append(loss)
                 advance(" ".join(f"{name} {loss:.2f}" for name, loss in found.items()))
         trainer.save(settings.output, settings.model)
-    with Path(settings.output, "losses.jsonl").open("w") as file:
+    with Path(settings.output, LOSSES).open("w") as file:
         for step, values in enumerate(zip(*losses.values(), strict=True), 1):
-            file.write(json.dumps({"step": step, "losses": dict(zip(losses, values))}) + "\n")  # noqa: B905
+            file.write(
+                json.dumps({"step": step, "losses": dict(zip(losses, values, strict=True))}) + "\n"
+            )
     return losses

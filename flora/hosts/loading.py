@@ -20,8 +20,10 @@ def load_model(source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise UsageError(f"there is no model folder {source!r}")
+    if source.startswith((".", "/", "~")):
+        source = str(Path(source).expanduser())
+        if not Path(source).is_dir():
+            raise UsageError(f"there is no model folder {source!r}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, padding_side="left", trust_remote_code=False
@@ -29,8 +31,8 @@ def load_model(source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a broken file makes each library raise what it likes
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(f"cannot load the model {source!r}: {reason}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from flora.errors import ShapeError, UnknownAdapterError
@@ -48,7 +49,7 @@ class Batch:
     spans: tuple[tuple[tuple[int, int], ...], ...]
     lookup: Callable[[str, tuple[str | None, ...]], BatchFactors | None]
     starts: tuple[int, ...]
-    _factors: dict[str, BatchFactors | None] = field(default_factory=dict)
+    _factors: dict[tuple[str, bool], BatchFactors | None] = field(default_factory=dict)
     _calls: dict[tuple[int, int], Call] = field(default_factory=dict)
 
     @cached_property
@@ -61,9 +62,11 @@ class Batch:
         return any(len(row) > 1 for row in self.spans)
 
     def factors(self, module: str) -> BatchFactors | None:
-        if module not in self._factors:
-            self._factors[module] = self.lookup(module, self.names)
-        return self._factors[module]
+        # Reentrant checkpointing runs a layer without gradients first, and then again with them.
+        key = module, torch.is_grad_enabled()
+        if key not in self._factors:
+            self._factors[key] = self.lookup(module, self.names)
+        return self._factors[key]
 
     def repeat(self, times: int) -> "Batch":
         """The batch with every row `times` times, as beams and returned sequences are laid."""

@@ -4,6 +4,7 @@ Layers keep their class, their parameters and their place: only the instance's `
 as some models read `module.weight` themselves.
 """
 
+import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from flora.adapters.checkpoint import read_checkpoint
 from flora.adapters.core import Adapter
@@ -191,6 +193,7 @@ class Host:
     def __init__(self, model: nn.Module, source: FactorSource, backend: str) -> None:
         self.model, self.source, self.backend = model, source, backend
         self.call: Call | None = None
+        self._running = False
         self._replayed: Call | None = None
         self._generating: Batch | None = None
         base = ModelBase(model)
@@ -222,8 +225,8 @@ class Host:
         raise UsageError("a model with adapters attached cannot be copied; detach it first")
 
     def current_call(self) -> Call | None:
-        """The call whose layer runs; in a backward (of checkpointed layers) the one replayed."""
-        return self._replayed if torch._C._current_graph_task_id() != -1 else self.call
+        """The call whose layer runs: the forward's, or in a backward the one that is replayed."""
+        return self.call if self._running else self._replayed
 
     def _batch(
         self, adapters: Sequence[RowAdapter], mask: Tensor | None, columns: int | None
@@ -231,38 +234,39 @@ class Host:
         return make_batch(adapters, self.source.__contains__, self.source.factors, mask, columns)
 
     def _wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = list(inspect.signature(forward).parameters)
+
         # Not traced itself: the rows' names would be compiled in. What it calls is compiled.
         @wraps(forward)
         @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
         def wrapper(
             *args: Any, adapter_names: Sequence[RowAdapter] | None = None, **kwargs: Any
         ) -> Any:
-            before = self.call
-            self.call = self._next_call(adapter_names, args, kwargs)
+            before = self.call, self._running
+            named = dict(zip(parameters, args, strict=False)) | kwargs
+            self.call, self._running = self._next_call(adapter_names, named), True
             try:
                 output = forward(*args, **kwargs)
-                if torch.is_grad_enabled() and getattr(
-                    self.model, "is_gradient_checkpointing", False
-                ):
+                if torch.is_grad_enabled():
                     self._replay_in_backward(output, self.call)
                 return output
             finally:
-                self.call = before
+                self.call, self._running = before
 
         return wrapper
 
     def _next_call(
-        self, adapters: Sequence[RowAdapter] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, adapters: Sequence[RowAdapter] | None, named: Mapping[str, Any]
     ) -> Call | None:
         if adapters is None and self._generating is None:
             return None
-        inputs = _first_tensor(args, kwargs, ("input_ids", "inputs_embeds"))
+        inputs = _first_tensor(named, ("input_ids", "inputs_embeds"))
         rows, columns = inputs.shape[:2]
-        past = kwargs.get("past_key_values")
+        past = named.get("past_key_values")
         if adapters is None and self._generating is not None:
             batch = self._generating
         else:
-            mask = kwargs.get("attention_mask")
+            mask = named.get("attention_mask")
             # Spans count what is cached as well.
             batch = self._batch(adapters or (), mask, columns if past is None else None)
         first = int(past.get_seq_length()) if batch.by_column and past is not None else 0
@@ -279,25 +283,27 @@ class Host:
             self._replayed = call
             torch.autograd.Variable._execution_engine.queue_callback(forget)
 
-        values = output.values() if isinstance(output, Mapping) else output
-        for value in values:
+        for value in tree_leaves(output):
             if isinstance(value, Tensor) and value.requires_grad:
                 value.register_hook(replay)
 
     def _wrap_generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = list(inspect.signature(generate).parameters)
+
         @wraps(generate)
         def wrapper(
             *args: Any, adapter_names: Sequence[RowAdapter] | None = None, **kwargs: Any
         ) -> Any:
             if adapter_names is None:
                 return generate(*args, **kwargs)
-            inputs = _first_tensor(args, kwargs, ("inputs", "input_ids", "inputs_embeds"))
+            named = dict(zip(parameters, args, strict=False)) | kwargs
+            inputs = _first_tensor(named, ("inputs", "input_ids", "inputs_embeds"))
             if inputs.shape[0] != len(adapter_names):
                 raise ShapeError(
                     f"adapter_names has {len(adapter_names)} entries, "
                     f"the batch {inputs.shape[0]} rows"
                 )
-            mask = kwargs.get("attention_mask")
+            mask = named.get("attention_mask")
             with self._generate_batch(self._batch(adapter_names, mask, inputs.shape[1])):
                 return generate(*args, **kwargs)
 
@@ -370,14 +376,18 @@ class AdaptedLayer:
             return F.linear(x, self.module.weight)  # type: ignore[arg-type]
         bias = getattr(self.module, "bias", None)
         y = self.forward(x)
-        return y if bias is None else y - bias
+        return y if bias is None else y.to(torch.promote_types(y.dtype, torch.float32)) - bias
 
     def _units(self, x: Tensor, call: Call) -> tuple[tuple[int, ...], Tensor]:
         """The call's units, and x as `[units, tokens, in]`. Raises ShapeError for other shapes."""
         if x.ndim == 3 and x.shape[0] == call.rows and not call.by_column:
             return call.units, x
         tokens = x.numel() // x.shape[-1]
-        if x.shape[0] == call.rows or x.shape[0] == tokens == call.rows * call.columns:
+        whole = tokens == call.rows * call.columns
+        # Rows of some tokens only are the head's: an expert's tokens could be as many by chance.
+        if (x.shape[0] == call.rows and (whole or x.ndim > 2 or self.is_head)) or (
+            whole and x.shape[0] == tokens
+        ):
             columns = tokens // call.rows
             if not call.by_column:
                 return call.units, x.reshape(call.rows, columns, x.shape[-1])
@@ -438,10 +448,9 @@ def _spec(module: nn.Module, model: nn.Module) -> LayerSpec:
     )
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> Tensor:
-    """A model's input among a call's arguments."""
-    given = [*(kwargs.get(name) for name in names), *args[:1]]
-    found = [value for value in given if isinstance(value, Tensor)]
-    if not found:
-        raise ShapeError(f"adapter_names needs the batch as a tensor: {' or '.join(names)}")
-    return found[0]
+def _first_tensor(named: Mapping[str, Any], names: tuple[str, ...]) -> Tensor:
+    """A model's input among a call's arguments. Raises ShapeError where there is none."""
+    for name in names:
+        if isinstance(tensor := named.get(name), Tensor):
+            return tensor
+    raise ShapeError(f"adapter_names needs the batch as a tensor: {' or '.join(names)}")

@@ -21,7 +21,7 @@ def apply(
         b, a = deltas
         product = base(torch.addcmul(x_SNI, x_SNI, b))
         y = torch.addcmul(product, product, a)
-        return y if bias_O is None else y + bias_O
+        return y if bias_O is None else (y + bias_O).to(x_SNI.dtype)
     y = _hadamard(x_SNI, base, factors, plan, weight_OI)
     if plan.additive:
         y = _add_low_rank(y, x_SNI, factors, plan)
@@ -55,7 +55,7 @@ def _deltas(x_SNI: Tensor, factors: BatchFactors, plan: Plan) -> tuple[Tensor, T
         b, a = ((take(f, pages) - 1).to(x_SNI.dtype).unsqueeze(1) for f in (in_PI, out_PO))
         return b, a
 
-    return factors.keep((plan, x_SNI.dtype), make)
+    return factors.keep(("deltas", plan.passes[0].pages, x_SNI.dtype), make)
 
 
 def _hadamard(
@@ -81,7 +81,7 @@ def _hadamard(
             if pages is None:
                 part = base(x).to(in_PI.dtype)
             else:
-                b, a = factors.keep((plan, number), pages_of, pages)
+                b, a = factors.keep(plan.passes[number].pages, pages_of, pages)
                 part = scaled_product(x, b, a, base)
             y = add_rows(y, part, rows, count)
     for rows, pages in on.weight_side:
@@ -103,8 +103,10 @@ def _add_low_rank(y_SNO: Tensor, x_SNI: Tensor, factors: BatchFactors, plan: Pla
         down_SRI = take(down, index).to(x_SNI.dtype).unflatten(0, (-1, rank))
         return down_SRI.transpose(1, 2), take(up, index).to(x_SNI.dtype).unflatten(0, (-1, rank))
 
-    for rank, rows, pages in plan.on(x_SNI.device).additive:
-        down_SIR, up_SRO = factors.keep((plan, "rank", rank), pages_of, pages, rank)
+    indices = plan.on(x_SNI.device).additive
+    for segment, (rank, rows, pages) in zip(plan.additive, indices, strict=True):
+        key = rank, segment.pages, x_SNI.dtype
+        down_SIR, up_SRO = factors.keep(key, pages_of, pages, rank)
         hidden_SNR = torch.bmm(take(x_SNI, rows), down_SIR)
         if rows is None and y_SNO.dtype == x_SNI.dtype:
             y_SNO = torch.baddbmm(y_SNO, hidden_SNR, up_SRO)

@@ -60,7 +60,7 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
     if not path.is_file():
         raise UsageError(f"there is no data file {str(path)!r}")
     examples = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:

@@ -19,6 +19,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 from torch import Tensor, nn
 from transformers import get_scheduler
@@ -29,6 +30,7 @@ from flora.adapters.kinds import get_kind
 from flora.adapters.targets import ALL_LINEAR, AdapterConfig, shortest_targets, targeted
 from flora.bank import join_factors
 from flora.errors import FloraError, InvalidAdapterError, UsageError, faults
+from flora.hosts.rows import BASE
 from flora.hosts.transformers import ModelBase, patch
 from flora.ops.factors import BatchFactors
 from flora.training.data import IGNORED, RowBatch, derive_seed
@@ -42,7 +44,7 @@ class AdapterRecipe(BaseModel):
     weight_decay:  of AdamW; it draws to zero, which for a FLoRA is not the identity.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: str
     config: AdapterConfig
@@ -67,6 +69,14 @@ class Schedule(BaseModel):
     warmup_steps: NonNegativeInt = 0
     steps: PositiveInt | None = None
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Schedule":
+        if self.name in ("linear", "cosine") and self.steps is None:
+            raise ValueError(f"the schedule {self.name} needs steps")
+        if self.name == "constant" and self.warmup_steps:
+            raise ValueError("the schedule constant has no warmup_steps: constant_with_warmup has")
+        return self
+
 
 class TrainedAdapters:
     """Adapters whose factors are filled anew at each step from their parameters."""
@@ -75,6 +85,8 @@ class TrainedAdapters:
         self.recipes = recipes
         self.base = ModelBase(model)
         self.params: dict[str, Params] = {}
+        if BASE in recipes:
+            raise UsageError(f"{BASE!r} is the name for no adapter; choose another")
         for name, recipe in recipes.items():
             modules = sorted(targeted(recipe.config, self.base))
             if not modules:
@@ -165,8 +177,8 @@ class JointTrainer:
             num_warmup_steps=schedule.warmup_steps,
             num_training_steps=schedule.steps,
         )
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
-        self._training = [m for m in model.modules() if m.training]
+        self._trainable = {p: p.requires_grad for p in model.parameters()}
+        self._training = {m: m.training for m in model.modules()}
         self._host = patch(model, self.adapters)
         model.requires_grad_(False)
         model.eval()
@@ -211,17 +223,23 @@ class JointTrainer:
         return dict(zip(names, means.unbind(), strict=True))
 
     def save(self, folder: str | os.PathLike[str], base_model: str | None = None) -> None:
-        """Write every adapter as `folder/<name>`, in PEFT's layout."""
+        """Write every adapter as `folder/<name>`, in PEFT's layout.
+
+        Raises FloraError where one holds NaN or Inf; then nothing is written.
+        """
+        for name in self.adapters.params:
+            if not all(leaf.isfinite().all() for leaf in self.adapters.leaves(name)):
+                raise FloraError(f"{name} holds NaN or Inf: lower its learning rate")
         for name in self.adapters.params:
             write_checkpoint(Path(folder, name), self.adapters.checkpoint(name, base_model))
 
     def close(self) -> None:
         """Give the model back."""
         self._host.unpatch()
-        for parameter in self._trainable:
-            parameter.requires_grad_(True)
-        for module in self._training:
-            module.training = True
+        for parameter, trainable in self._trainable.items():
+            parameter.requires_grad_(trainable)
+        for module, training in self._training.items():
+            module.training = training
 
     def __enter__(self) -> "JointTrainer":
         return self

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flora.adapters.core import LayerFactors
 from flora.adapters.targets import AdapterConfig, by_pattern
+from flora.errors import InvalidAdapterError
 
 SPREAD = 0.1
 """Standard deviation of the start's ε: at 0 all ranks stay equal for ever, tiny ones are slow."""
@@ -36,7 +37,12 @@ def fill(config: Config, module: str, params: Mapping[str, Tensor]) -> LayerFact
 def init(
     config: Config, module: str, shape: tuple[int, int], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The identity to rounding: A = 1, B = 1 + ε, where ε sums to zero over the ranks."""
+    """The identity to rounding: A = 1, B = 1 + ε, where ε sums to zero over the ranks.
+
+    Raises InvalidAdapterError for `share_input`, as a layer alone has none to share with.
+    """
+    if config.share_input:
+        raise InvalidAdapterError("share_input is for training with PEFT: see flora.FloraConfig")
     r = by_pattern(config.rank_pattern, module, config.r)
     out_features, in_features = shape
     noise = SPREAD * torch.randn(r, in_features, generator=generator)
