@@ -269,6 +269,54 @@ def test_generate_survives_bad_lines(capsys, folder, tmp_path):
     assert "do not fit" in results[8]["error"]  # this tokenizer has no template
 
 
+def test_generate_survives_bytes_that_are_no_text(capsys, folder, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(
+        b'{"prompt": "\xff"}\n'
+        b'{"prompt": "a", "note": "\\ud800", "error": "old", "text": "old"}\n'
+        b'{"prompt": "\\ud800"}\n'
+        b'{"messages": [[{"role": "user", "content": "a"}]]}\n'
+    )
+    code, _, err = generate(capsys, folder, path, "--output", tmp_path / "out.jsonl")
+    results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert code == 1
+    assert "of 4 lines failed" in err
+    assert "not JSON" in results[0]["error"]
+    assert results[1]["note"] == "\ud800"
+    assert results[1]["text"] != "old"
+    assert "error" not in results[1]
+    assert "do not fit" in results[3]["error"]
+
+
+def test_generate_refuses_what_would_lose_or_cannot_be(capsys, folder, tmp_path):
+    path = jsonl(tmp_path / "in.jsonl", {"prompt": "a"})
+    call = ("generate", folder / "model", "--adapters", folder / "adapters", "--input", path)
+    fails(capsys, 2, "--output is the --input file", *call, "--output", path)
+    assert json.loads(path.read_text()) == {"prompt": "a"}
+    fails(capsys, 2, "room for 256 tokens", *call, "--new-tokens", "300")
+    fails(capsys, 2, "--seed", *call, "--temperature", "1", "--seed", "-1")
+    fails(capsys, 1, "No such file", *call, "--output", tmp_path / "none/x.jsonl")
+
+
+def test_train_loses_nothing_that_is_there(capsys, folder, tmp_path):
+    (tmp_path / "out/ruby").mkdir(parents=True)
+    (tmp_path / "out/ruby/mine.txt").write_text("mine")
+    fails(capsys, 2, "no adapter's folder", "train", config(folder, tmp_path))
+    assert (tmp_path / "out/ruby/mine.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    fails(capsys, 2, "no folder", "train", config(folder, tmp_path, output=str(tmp_path / "file")))
+
+
+def test_a_model_that_is_broken_is_one_line(capsys, folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    fails(capsys, 2, "cannot load", "merge", model, folder / "adapters/ruby", tmp_path / "out")
+    (model / "tokenizer.json").write_text("{}")
+    fails(capsys, 2, "cannot load", "merge", model, folder / "adapters/ruby", tmp_path / "out")
+
+
 def test_generate_takes_messages_by_the_models_template(capsys, folder, tmp_path):
     from transformers import AutoTokenizer
 

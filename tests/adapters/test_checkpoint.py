@@ -554,3 +554,25 @@ def test_find_adapters(tmp_path):
     with pytest.raises(UsageError, match="holds no adapter") as caught:
         find_adapters(tmp_path / "else")
     assert isinstance(caught.value, FloraError)
+
+
+def test_the_order_of_patterns_counts_and_is_kept(tmp_path):
+    """PEFT takes the first pattern that matches."""
+    first = {"q_proj": 4.0, ".*_proj": 64.0}
+    found = [
+        made("LORA", alpha_pattern=dict(order)) for order in (first.items(), [*first.items()][::-1])
+    ]
+    assert found[0].identity != found[1].identity
+    for number, checkpoint in enumerate(found):
+        write_checkpoint(tmp_path / str(number), checkpoint)
+        read = read_checkpoint(tmp_path / str(number))
+        assert read.identity == checkpoint.identity
+        assert list(read.config.alpha_pattern) == list(checkpoint.config.alpha_pattern)
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/precious.txt").write_text("mine")
+    with pytest.raises(UsageError, match="no adapter's folder"):
+        write_checkpoint(tmp_path / "data", made("FLORA"))
+    assert (tmp_path / "data/precious.txt").read_text() == "mine"

@@ -657,3 +657,32 @@ def test_a_layer_that_cannot_tell_whose_tokens_it_has_says_so(zoo):
     layer.forward = lambda x, *args, **kwargs: inner(x[:5], *args, **kwargs)
     with pytest.raises(ShapeError, match=r"model\.layers\.0\.self_attn\.\w+ was given the shape"):
         model(tokens(), adapter_names=NAMES)
+
+
+def test_arguments_by_position_are_seen(zoo):
+    model, ids = zoo.attached(), tokens(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    spans = [[("flora3", 2), ("lora4", 0)], "flora1"]
+    with torch.no_grad():
+        named = model(input_ids=ids, attention_mask=mask, adapter_names=spans).logits
+        assert torch.equal(model(ids, mask, adapter_names=spans).logits, named)
+
+
+def test_a_loss_on_hidden_states_alone_checkpoints_too(zoo):
+    model, ids = zoo.attached(), tokens(2, 6)
+    grads = []
+    for checkpointing in (False, True):
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        output = model(
+            inputs_embeds=embedded,
+            adapter_names=["flora3", "lora4"],
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        output.hidden_states[-1].square().sum().backward()
+        grads.append(embedded.grad)
+    torch.testing.assert_close(*grads)

@@ -310,6 +310,9 @@ def test_one_scaled_product_in_16_bits_without_gradients(far, bias):
     with torch.no_grad():
         found = operator("eager", weight=True)(layer)
         assert_no_worse(found, plain(layer), truth)
+        if bias:
+            layer.bias = layer.bias.float()
+            assert operator("eager", weight=True)(layer).dtype == torch.bfloat16
         if not (far or bias):
             assert torch.equal(found, F.linear(layer.x, layer.weight))
 

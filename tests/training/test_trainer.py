@@ -177,3 +177,45 @@ def test_mistakes_are_one_line():
     recipe = parse_recipe(RECIPES["one"] | {"target_modules": ["nothing"]})
     with pytest.raises(UsageError, match="x: target_modules mean no linear layer"):
         JointTrainer(tiny_llama(), {"x": recipe})
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
+    rows = random_rows(["one", "add"])
+    batch = collate(rows["one"] + rows["add"], pad=0)
+    recipes = {name: parse_recipe(RECIPES[name]) for name in ("one", "add")}
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_llama()
+        with JointTrainer(model, recipes, seed=3) as trainer:
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+                model.enable_input_require_grads()
+                model.train()
+            torch.stack([*trainer.losses(batch).values()]).sum().backward()
+            found.append([leaf.grad for name in recipes for leaf in trainer.adapters.leaves(name)])
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_what_could_not_be_used_is_not_trained(tmp_path):
+    for name, change, said in (
+        ("__base__", {}, "the name for no adapter"),
+        ("x", {"share_input": True}, "share_input"),
+    ):
+        with pytest.raises(FloraError, match=said):
+            JointTrainer(tiny_llama(), {name: parse_recipe(RECIPES["one"] | change)})
+    with JointTrainer(tiny_llama(), {"x": parse_recipe(RECIPES["one"])}) as trainer:
+        with torch.no_grad():
+            trainer.adapters.leaves("x")[-1].fill_(float("inf"))
+        with pytest.raises(FloraError, match="x holds NaN or Inf"):
+            trainer.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"name": "linear"}, {"name": "constant", "warmup_steps": 3}], ids=str
+)
+def test_a_schedule_that_does_not_fit_together(settings):
+    with pytest.raises(ValueError, match="schedule"):
+        Schedule(**settings)
