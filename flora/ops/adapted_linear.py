@@ -34,7 +34,7 @@ def adapted_linear(
 
     Products are taken in x's type, sums in at least fp32; the result has x's type. Differentiable
     in x and the factors, not in W0. Under autocast x and W0 are cast as `F.linear` casts them, and
-    nothing else. Raises ShapeError where sizes do not fit, BackendError.
+    all else is as for that type. Raises ShapeError where sizes do not fit, BackendError.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
