@@ -1,5 +1,6 @@
 """What the pages and the examples say works: each python block and each example runs, offline."""
 
+import json
 import re
 import runpy
 import shlex
@@ -190,3 +191,13 @@ def test_the_page_of_the_structure_has_each_module():
         if path.name != "__init__.py" and path.parent.name not in {"kinds", "commands"}
     ]
     assert [path.name for path in modules if path.name not in text] == []
+
+
+def test_the_readme_quotes_what_was_measured():
+    records = json.loads((ROOT / "docs/results/demo.json").read_text())
+    rows = [line.split("|")[2:4] for line in (ROOT / "README.md").read_text().splitlines()]
+    quoted = [[cell.strip() for cell in row] for row in rows]
+    for record in records:
+        if "tokens_per_second" in record:
+            figures = f"{record['tokens_per_second']:.0f}", f"{record['ratio_to_base']:.2f}"
+            assert list(figures) in quoted, record["system"]
