@@ -7,7 +7,7 @@ reported at once: file, tensor, what was found, what was expected.
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -177,9 +177,12 @@ def _read(folder: Path, base: Base | None, limits: Limits) -> Checkpoint:
         faults.insert(0, str(error))
     if faults:
         raise InvalidAdapterError("; ".join(faults))
-    params = _by_module(kind, config, tensors, base, faults)
-    known = base is not None and config.target_modules is not None
-    meant = targeted(config, base) if known and base is not None else None
+    meant = None
+    if base is not None and config.target_modules is not None:
+        meant = targeted(config, base)
+        if not meant:
+            faults.append(f"{CONFIG_FILE}: target_modules mean no linear layer of the base model")
+    params = _by_module(kind, config, tensors, meant or (), faults)
     for module in sorted(params):
         shape = None if base is None else base.shapes.get(module)
         if base is not None and shape is None:
@@ -234,15 +237,11 @@ def _by_module(
     kind: str,
     config: AdapterConfig,
     tensors: Mapping[str, Tensor],
-    base: Base | None,
+    meant: Iterable[str],
     faults: list[str],
 ) -> Params:
-    """Sort tensors by module; every layer that the config means has an entry, if an empty one."""
-    params: Params = {}
-    if base is not None:
-        params = {module: {} for module in targeted(config, base)}
-        if config.target_modules is not None and not params:
-            faults.append(f"{CONFIG_FILE}: target_modules mean no linear layer of the base model")
+    """Sort tensors by module; every layer that is meant has an entry, if an empty one."""
+    params: Params = {module: {} for module in meant}
     names = get_kind(kind).shapes(config, "")
     for key, tensor in tensors.items():
         name = next((n for n in names if key.endswith(f".{n}")), None)
