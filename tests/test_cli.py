@@ -387,6 +387,7 @@ def test_train_writes_adapters_and_losses(capsys, folder, tmp_path):
         ({"steps": 0}, "steps = 0: Input should be greater than 0"),
         ({"steps": None}, "steps: Field required"),
         ({"step": 3}, "step: Extra inputs are not permitted; the keys are model, data"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 2}, "constant has no warmup_steps"),
         ({"lr_scheduler_type": "sine"}, "lr_scheduler_type = 'sine'"),
         ({"data": "nowhere.jsonl"}, "no data file 'nowhere.jsonl'"),
         ({"model": "./nowhere"}, "no model folder"),

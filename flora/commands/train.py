@@ -55,8 +55,16 @@ def command(
     from flora.adapters.checkpoint import check_writable
     from flora.hosts.loading import load_model
     from flora.training.data import read_examples
-    from flora.training.trainer import parse_recipe
+    from flora.training.trainer import Schedule, parse_recipe
 
+    try:
+        schedule = Schedule(
+            name=settings.lr_scheduler_type,
+            warmup_steps=settings.warmup_steps,
+            steps=settings.steps,
+        )
+    except ValidationError as error:
+        raise UsageError(f"{config}: {faults(error)}") from None
     if settings.output.exists() and not settings.output.is_dir():
         raise UsageError(f"{config}: output {str(settings.output)!r} is no folder")
     recipes = {}
@@ -72,7 +80,7 @@ def command(
     if unknown := sorted({example.adapter for example in examples} - set(recipes)):
         raise UsageError(f"{settings.data} names adapters not in {config}: {', '.join(unknown)}")
     model, tokenizer = load_model(settings.model, settings.dtype)
-    losses = train(model, tokenizer, recipes, examples, settings)
+    losses = train(model, tokenizer, recipes, examples, settings, schedule)
 
     table = Table("adapter", "kind", "first loss", "last loss")
     for name, values in losses.items():
@@ -100,21 +108,23 @@ def read_config(path: Path) -> Config:
 
 
 def train(
-    model: Any, tokenizer: Any, recipes: dict[str, Any], examples: list[Any], settings: Config
+    model: Any,
+    tokenizer: Any,
+    recipes: dict[str, Any],
+    examples: list[Any],
+    settings: Config,
+    schedule: Any,
 ) -> dict[str, list[float]]:
     """Train, save every adapter, and return each one's losses by step."""
     from flora.commands.progress import progress
     from flora.training.data import RowStream, collate, tokenize
-    from flora.training.trainer import JointTrainer, Schedule
+    from flora.training.trainer import JointTrainer
 
     rows: dict[str, list[Any]] = {name: [] for name in recipes}
     for example in examples:
         rows[example.adapter] += tokenize(example, tokenizer, settings.max_tokens)
     stream = RowStream(rows, settings.rows, settings.seed)
     losses: dict[str, list[float]] = {name: [] for name in recipes}
-    schedule = Schedule(
-        name=settings.lr_scheduler_type, warmup_steps=settings.warmup_steps, steps=settings.steps
-    )
     with JointTrainer(model, recipes, settings.seed, schedule) as trainer:
         with progress("training", settings.steps) as advance:
             for _, batch in zip(range(settings.steps), stream, strict=False):
