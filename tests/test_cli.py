@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from flora.adapters.checkpoint import read_checkpoint, write_checkpoint
 from flora.adapters.core import Base
+from flora.base import ModelBase
 from flora.cli import COMMANDS, main
-from flora.hosts.transformers import ModelBase
 from flora.training.trainer import JointTrainer, parse_recipe
 from tests.tiny import save_tiny_model, tiny_llama
 
@@ -123,10 +123,19 @@ def test_inspect_shows_an_adapter(capsys, folder, tmp_path):
     (record,) = json.loads((tmp_path / "x.json").read_text())
     checkpoint = read_checkpoint(folder / "adapters/ruby")
     assert record["identity"] == checkpoint.identity
-    assert record["bytes"] == checkpoint.adapter().nbytes
+    assert record["bytes"] == sum(t.nbytes for t in checkpoint.tensors().values())
     assert record["kind"] == "FLORA"
     assert record["base_model"] == "a/base"
-    assert {"module": "q_proj", "layers": 2, "pairs": 2, "rank": 0} in record["modules"]
+    (layer,) = [m for m in record["modules"] if m["module"] == "model.layers.1.self_attn.q_proj"]
+    assert layer == {
+        "module": "model.layers.1.self_attn.q_proj",
+        "out": 32,
+        "in": 32,
+        "pairs": 2,
+        "rank": 0,
+        "bias": False,
+    }
+    assert record["made_with"] == []
     assert checkpoint.identity[:40] in out
     assert "FLORA" in out
 
@@ -403,8 +412,8 @@ def test_train_writes_adapters_and_losses(capsys, folder, tmp_path):
         ({"adapters": {"a": {"peft_type": "FLORA", "learning_rate": "x"}}}, "adapters.a"),
         ({"adapters": {"a": {"peft_type": "FLORA"}}}, "adapters.a: learning_rate: Field required"),
         (
-            {"adapters": {"a": {"peft_type": "LORA", "learning_rate": 1, "use_dora": True}}},
-            "use_dora",
+            {"adapters": {"a": {"peft_type": "LORA", "learning_rate": 1, "use_qalora": True}}},
+            "use_qalora",
         ),
     ],
 )

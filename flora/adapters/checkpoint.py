@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from flora.adapters.core import Adapter, Base, identity_of
+from flora.adapters.config import AdapterConfig, Shape
+from flora.adapters.core import Adapter, Base, Layers, identity_of
 from flora.adapters.kinds import get_kind
-from flora.adapters.targets import AdapterConfig, targeted
+from flora.adapters.targets import targeted
 from flora.errors import InvalidAdapterError, UsageError, faults
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."
+PREFIX = f"{SHARED_PREFIX}model."
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONFIG_BYTES = 4 * 2**20
 
@@ -44,32 +46,73 @@ class Limits:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Checkpoint:
-    """An adapter as its files hold it, in its kind's own parameters."""
+    """An adapter as its files hold it, in its kind's own parameters.
+
+    params: those of each layer.
+    shared: those of all layers together, by name.
+    """
 
     kind: str
     config: AdapterConfig
     params: Params
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
     base_model: str | None = None
 
     @cached_property
     def identity(self) -> str:
         tensors = {
             f"{module}.{name}": tensor
-            for module, params in self.params.items()
-            for name, tensor in params.items()
+            for module, own in self.params.items()
+            for name, tensor in own.items()
         }
-        return identity_of(self.kind, self.config.arithmetic(), tensors)
+        return identity_of(self.kind, self.config.arithmetic(), tensors | dict(self.shared))
 
-    def adapter(self) -> Adapter:
-        """The adapter in the one form of all kinds, filled in at least fp32."""
-        kind = get_kind(self.kind)
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by their names in the file."""
+        return {f"{SHARED_PREFIX}{name}": tensor for name, tensor in self.shared.items()} | {
+            f"{PREFIX}{module}.{name}": tensor
+            for module, own in self.params.items()
+            for name, tensor in own.items()
+        }
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """The sizes "out" and "in" of each layer, as far as its tensors say."""
+        found: dict[str, dict[str, int]] = {}
+        for module, own in self.params.items():
+            shapes = _layer_shapes(self.kind, self.config, module)
+            found[module] = {
+                dim: size
+                for name, tensor in own.items()
+                for dim, size in zip(shapes[name], tensor.shape, strict=True)
+                if isinstance(dim, str)
+            }
+        return found
+
+    def adapter(self, base: Layers) -> Adapter:
+        """The adapter in the one form of all kinds, filled in at least fp32.
+
+        base: the model that it is for.
+
+        Raises InvalidAdapterError where a factor comes out as NaN or Inf.
+        """
+        kind, extras = get_kind(self.kind), self.config.extras()
+        meant = [base.shapes[m] for m, own in self.params.items() if own.keys() - extras.keys()]
         layers = {}
         with torch.no_grad():
-            for module, params in self.params.items():
-                exact = {
-                    n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in params.items()
-                }
-                layers[module] = kind.fill(self.config, module, exact)
+            largest = [max(sizes) for sizes in zip(*meant, strict=True)]
+            common = _exact(self.shared)
+            if largest and not common:
+                common = dict(self.config.derived(*largest))
+            for module, own in self.params.items():
+                layers[module] = kind.fill(self.config, module, common | _exact(own), base)
+        faults = [
+            f"{module}: {name} comes out as NaN or Inf"
+            for module, factors in layers.items()
+            for name, tensor in factors.parts()
+            if not tensor.isfinite().all()
+        ]
+        if faults:
+            raise InvalidAdapterError("; ".join(faults))
         return Adapter(kind=self.kind, identity=self.identity, layers=layers)
 
 
@@ -79,16 +122,23 @@ def parse_config(raw: Mapping[str, Any]) -> tuple[str, AdapterConfig]:
     A key that the kind does not know passes only where its value is null, false or empty.
     Raises InvalidAdapterError, naming every key that does not hold.
     """
-    kind = get_kind(raw.get("peft_type"))
-    known = {
-        key: value
+    config = get_kind(raw.get("peft_type")).Config
+    name = raw["peft_type"].upper()
+    fields = config.model_fields
+    found = [
+        f"{key!r:.80} = {value!r:.80} is not supported"
         for key, value in raw.items()
-        if key in kind.Config.model_fields or not (key in kind.Config.inert or not value)
-    }
+        if value and key not in fields and key not in config.inert
+    ]
+    if found:
+        found.append(f"what is supported of {name}: {', '.join(sorted(fields))}")
     try:
-        return raw["peft_type"].upper(), kind.Config(**known)
+        typed = config(**{key: value for key, value in raw.items() if key in fields})
     except ValidationError as error:
-        raise InvalidAdapterError(f"{CONFIG_FILE}: {faults(error)}") from None
+        found.insert(0, faults(error))
+    if found:
+        raise InvalidAdapterError(f"{CONFIG_FILE}: {'; '.join(found)}")
+    return name, typed
 
 
 def read_checkpoint(
@@ -121,9 +171,7 @@ def write_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> 
         **checkpoint.config.model_dump(),
     }
     tensors = {
-        f"{PREFIX}{module}.{name}": tensor.detach().cpu().contiguous()
-        for module, params in checkpoint.params.items()
-        for name, tensor in params.items()
+        name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors().items()
     }
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")
@@ -182,14 +230,26 @@ def _read(folder: Path, base: Base | None, limits: Limits) -> Checkpoint:
         meant = targeted(config, base)
         if not meant:
             faults.append(f"{CONFIG_FILE}: target_modules mean no linear layer of the base model")
-    params = _by_module(kind, config, tensors, meant or (), faults)
+    params, shared = _sort(kind, config, tensors, meant or (), faults)
+    extras = config.extras()
+    own = {module for module, found in params.items() if found.keys() - extras.keys()}
     for module in sorted(params):
         shape = None if base is None else base.shapes.get(module)
+        is_meant = module in own or module in (meant or ())
+        shapes = _layer_shapes(kind, config, module) if is_meant else extras
         if base is not None and shape is None:
             faults.append(f"{module}: the base model has no such linear layer")
-        elif meant is not None and module not in meant:
+        elif meant is not None and module in own - meant:
             faults.append(f"{module}: target_modules do not mean this layer")
-        faults += _check_module(kind, config, module, params[module], shape, limits)
+        missing = shapes.keys() - params[module].keys() - extras.keys()
+        faults += [f"{module}.{name} is missing" for name in shapes if name in missing]
+        faults += _check(params[module], f"{module}.", shapes, shape, limits)
+    common = config.shared()
+    faults += [f"{SHARED_PREFIX}{name} is missing" for name in common if name not in shared]
+    largest = None
+    if base is not None and (sizes := [base.shapes[m] for m in own if m in base.shapes]):
+        largest = max(out for out, _ in sizes), max(n for _, n in sizes)
+    faults += _check(shared, SHARED_PREFIX, common, largest, limits)
     if not params and not faults:
         faults.append(f"{TENSORS_FILE}: no tensor in it")
     base_model = raw.get("base_model_name_or_path")
@@ -197,7 +257,7 @@ def _read(folder: Path, base: Base | None, limits: Limits) -> Checkpoint:
         faults.append(f"{CONFIG_FILE}: base_model_name_or_path = {base_model!r:.80}: not a text")
     if faults:
         raise InvalidAdapterError("; ".join(faults))
-    return Checkpoint(kind=kind, config=config, params=params, base_model=base_model)
+    return Checkpoint(kind=kind, config=config, params=params, shared=shared, base_model=base_model)
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
@@ -233,56 +293,66 @@ def _read_tensors(folder: Path, limits: Limits) -> dict[str, Tensor]:
     return tensors
 
 
-def _by_module(
+def _sort(
     kind: str,
     config: AdapterConfig,
     tensors: Mapping[str, Tensor],
     meant: Iterable[str],
     faults: list[str],
-) -> Params:
-    """Sort tensors by module; every layer that is meant has an entry, if an empty one."""
+) -> tuple[Params, dict[str, Tensor]]:
+    """Tensors by layer, and those of all layers; every layer that is meant has an entry."""
     params: Params = {module: {} for module in meant}
-    names = get_kind(kind).shapes(config, "")
+    shared = {}
+    names = [*get_kind(kind).shapes(config, ""), *config.extras()]
+    common = [f"{SHARED_PREFIX}{name}" for name in config.shared()]
+    longest_first = sorted(names, key=len, reverse=True)
     for key, tensor in tensors.items():
-        name = next((n for n in names if key.endswith(f".{n}")), None)
-        if name is None or not (key.startswith(PREFIX) and key.isprintable()):
-            faults.append(
-                f"{key!r:.200}: not a tensor of {kind}; expected {PREFIX}<module>.{'|'.join(names)}"
-            )
+        name = next((n for n in longest_first if key.endswith(f".{n}")), None)
+        if key in common:
+            shared[key[len(SHARED_PREFIX) :]] = tensor
+        elif name is None or not (key.startswith(PREFIX) and key.isprintable()):
+            expected = ", ".join([f"{PREFIX}<module>.{'|'.join(names)}", *common])
+            faults.append(f"{key!r:.200}: not a tensor of {kind}; expected {expected}")
         else:
             params.setdefault(key[len(PREFIX) : -len(name) - 1], {})[name] = tensor
-    return params
+    return params, shared
 
 
-def _check_module(
-    kind: str,
-    config: AdapterConfig,
-    module: str,
-    params: Mapping[str, Tensor],
-    shape: tuple[int, int] | None,
+def _layer_shapes(kind: str, config: AdapterConfig, module: str) -> Mapping[str, Shape]:
+    return {**get_kind(kind).shapes(config, module), **config.extras()}
+
+
+def _check(
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    shapes: Mapping[str, Shape],
+    size: tuple[int, int] | None,
     limits: Limits,
 ) -> list[str]:
+    """What is wrong with tensors that belong together; size is their `(out, in)` where known."""
     faults = []
-    sizes: dict[int | str, int] = {} if shape is None else {"out": shape[0], "in": shape[1]}
-    for name, dims in get_kind(kind).shapes(config, module).items():
-        tensor = params.get(name)
+    sizes: dict[int | str, int] = {} if size is None else {"out": size[0], "in": size[1]}
+    for name, dims in shapes.items():
+        tensor = tensors.get(name)
         if tensor is None:
-            faults.append(f"{module}.{name} is missing")
             continue
         if tensor.dtype not in FLOATS:
-            faults.append(f"{module}.{name}: found {tensor.dtype}, expected a float type")
+            faults.append(f"{prefix}{name}: found {tensor.dtype}, expected a float type")
             continue
         if tensor.ndim == len(dims):
             # Without a base the first tensor of a layer says its sizes, and the others must agree.
-            for dim, size in zip(dims, tensor.shape, strict=True):
-                sizes.setdefault(dim, dim if isinstance(dim, int) else size)
-        expected = tuple(sizes.get(dim, dim) for dim in dims)
-        if tuple(tensor.shape) != expected:
-            faults.append(
-                f"{module}.{name}: found shape {list(tensor.shape)}, expected {list(expected)}"
-            )
+            for dim, found in zip(dims, tensor.shape, strict=True):
+                sizes.setdefault(dim, dim if isinstance(dim, int) else found)
+        expected = [sizes.get(dim, dim) for dim in dims]
+        if list(tensor.shape) != expected:
+            faults.append(f"{prefix}{name}: found shape {list(tensor.shape)}, expected {expected}")
         elif max((d for d in dims if isinstance(d, int)), default=0) > limits.rank:
-            faults.append(f"{module}.{name}: rank over the limit of {limits.rank}")
+            faults.append(f"{prefix}{name}: rank over the limit of {limits.rank}")
         elif not torch.isfinite(tensor).all():
-            faults.append(f"{module}.{name} holds NaN or Inf")
+            faults.append(f"{prefix}{name} holds NaN or Inf")
     return faults
+
+
+def _exact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In at least fp32."""
+    return {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in tensors.items()}

@@ -17,12 +17,25 @@ from torch import Tensor
 from flora.errors import InvalidAdapterError
 
 
-class Base(Protocol):
-    """What a kind, and the check of a folder, may ask of the base model as an adapter is read."""
+class Layers(Protocol):
+    """What a kind may ask of the base model's linear layers while it fills, and nothing later."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """`(out, in)` of every linear layer by its module name."""
+
+    def bias(self, module: str) -> Tensor | None:
+        """A layer's own bias, `[out]`, in at least fp32."""
+
+    def row_norm2(self, module: str) -> Tensor:
+        """Σ of squares of each row of a layer's W0, `[out]`, in at least fp32."""
+
+    def product(self, module: str, x: Tensor) -> Tensor:
+        """W0 x without the bias, `[n, out]` in x's type, for x `[n, in]`."""
+
+
+class Base(Layers, Protocol):
+    """A base model, as an adapter's folder is checked against it."""
 
     @property
     def head(self) -> str | None:

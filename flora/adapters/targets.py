@@ -1,70 +1,12 @@
-"""Which of a model's layers an adapter is for, in PEFT's terms and by PEFT's own matching."""
+"""Which of a model's layers an adapter is for, by PEFT's own matching."""
 
-import json
-import re
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
-
+from flora.adapters.config import AdapterConfig
 from flora.adapters.core import Base
 
 ALL_LINEAR = "all-linear"
-
-PATTERNS = {
-    "target_modules": "{}",
-    "exclude_modules": "{}",
-    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
-    "rank_pattern": r"(.*\.)?({})$",
-    "alpha_pattern": r"(.*\.)?({})$",
-}
-"""The regular expressions that PEFT makes of a config's values."""
-
-
-class AdapterConfig(BaseModel):
-    """What the configs of all kinds share: the layers that are meant.
-
-    `inert` names the keys of a kind's `adapter_config.json` that do not change what it computes,
-    `read_by_fill` the fields that, beside the tensors, do.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    read_by_fill: ClassVar[frozenset[str]] = frozenset()
-    inert: ClassVar[frozenset[str]] = frozenset(
-        {
-            "auto_mapping",
-            "base_model_name_or_path",
-            "inference_mode",
-            "peft_type",
-            "peft_version",
-            "revision",
-            "task_type",
-        }
-    )
-
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    @field_validator(*PATTERNS, check_fields=False)
-    @classmethod
-    def _patterns_compile(cls, value: Any, info: ValidationInfo) -> Any:
-        patterns = [value] if isinstance(value, str) else value or ()
-        if info.field_name in ("target_modules", "exclude_modules") and patterns is value:
-            return value  # a list of names
-        for pattern in patterns:
-            try:
-                re.compile(PATTERNS[str(info.field_name)].format(pattern))
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"no regular expression: {error}") from None
-        return value
-
-    def arithmetic(self) -> str:
-        """All that changes what an adapter of given tensors computes, as canonical JSON."""
-        fields = self.model_dump(include=set(self.read_by_fill))
-        return json.dumps(sorted(fields.items()))  # a pattern's own order counts: the first match
 
 
 def targeted(config: AdapterConfig, base: Base) -> set[str]:

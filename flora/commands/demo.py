@@ -135,7 +135,8 @@ def _train(base: Any, tokenizer: Any, texts: dict[str, list[str]], console: Any)
                     means = " ".join(f"{mean(losses):7.2f}" for losses in recent.values())
                     console.print(f"step {step:4}  {means}")
         console.print(f"{STEPS} steps in {time.perf_counter() - start:.0f} s")
-        return {name: trainer.adapters.checkpoint(name, None).adapter() for name in texts}
+        base = trainer.adapters.base
+        return {name: trainer.adapters.checkpoint(name, None).adapter(base) for name in texts}
 
 
 def _answer(base: Any, tokenizer: Any, adapters: dict[str, Any], prompt: str) -> dict[str, str]:
@@ -164,9 +165,9 @@ def _speeds(base: Any, tokenizer: Any, adapters: dict[str, Any], prompt: str) ->
 
     import flora
     from flora.adapters.targets import shortest_targets
+    from flora.base import ModelBase
     from flora.bench.turns import tokens_per_second
     from flora.commands.progress import progress
-    from flora.hosts.transformers import ModelBase
 
     names = list(adapters)
     modules = shortest_targets(next(iter(adapters.values())).layers, ModelBase(base))

@@ -2,10 +2,14 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def command(
@@ -20,41 +24,82 @@ def command(
 
     from flora.adapters.checkpoint import read_checkpoint
 
-    checkpoint = read_checkpoint(path)
-    adapter = checkpoint.adapter()
-    config = checkpoint.config.model_dump(exclude_defaults=True)
-    layers = Counter(
-        (module.rpartition(".")[2], factors.pairs, factors.rank)
-        for module, factors in adapter.layers.items()
-    )
-    record = {
-        "path": str(path),
-        "kind": checkpoint.kind,
-        "config": config,
-        "base_model": checkpoint.base_model,
-        "bytes": adapter.nbytes,
-        "identity": checkpoint.identity,
-        "modules": [
-            {"module": ending, "layers": count, "pairs": pairs, "rank": rank}
-            for (ending, pairs, rank), count in sorted(layers.items())
-        ],
-    }
+    record = describe(read_checkpoint(path))
     if as_json:
         as_json.parent.mkdir(parents=True, exist_ok=True)
-        as_json.write_text(json.dumps([record], indent=2) + "\n")
+        as_json.write_text(json.dumps([{"path": str(path), **record}], indent=2) + "\n")
 
     console = Console(markup=False, highlight=False)  # names and patterns may hold brackets
     facts = Table(show_header=False, box=None)
     facts.add_column()
     facts.add_column(overflow="fold")
-    facts.add_row("kind", checkpoint.kind)
-    for key, value in config.items():
+    facts.add_row("kind", record["kind"])
+    for key, value in record["config"].items():
         facts.add_row(key, json.dumps(value))
-    facts.add_row("base model", checkpoint.base_model or "not said")
-    facts.add_row("bytes", f"{adapter.nbytes:,}")
-    facts.add_row("hash", checkpoint.identity)
+    facts.add_row("base model", record["base_model"] or "not said")
+    facts.add_row("made with the base's", ", ".join(record["made_with"]) or "nothing")
+    facts.add_row("bytes", f"{record['bytes']:,}")
+    facts.add_row("hash", record["identity"])
     console.print(facts)
-    table = Table("module", "layers", "Hadamard pairs (h)", "additive rank (l)")
-    for (ending, pairs, rank), count in sorted(layers.items()):
-        table.add_row(ending, str(count), str(pairs), str(rank))
+    columns = ("out", "in", "pairs", "rank", "bias")
+    heads = ("layers", "out", "in", "Hadamard pairs (h)", "additive rank (l)", "bias")
+    table = Table("module", *heads)
+    same = Counter(
+        (layer["module"].rpartition(".")[2], *(layer[column] for column in columns))
+        for layer in record["modules"]
+    )
+    for (ending, *sizes), count in sorted(same.items(), key=str):
+        shown = ("any" if s is None else {True: "yes", False: "no"}.get(s, s) for s in sizes)
+        table.add_row(ending, str(count), *map(str, shown))
     console.print(table)
+
+
+def describe(checkpoint: Any) -> dict[str, Any]:
+    """What a checkpoint holds, and what the base must be: its layers, and what is asked of them."""
+    probe = Probe(checkpoint.sizes())
+    adapter = checkpoint.adapter(probe)
+    return {
+        "kind": checkpoint.kind,
+        "config": checkpoint.config.model_dump(exclude_defaults=True),
+        "base_model": checkpoint.base_model,
+        "made_with": sorted(probe.asked),
+        "bytes": sum(tensor.nbytes for tensor in checkpoint.tensors().values()),
+        "identity": checkpoint.identity,
+        "modules": [
+            {
+                "module": module,
+                "out": probe.sizes[module].get("out"),
+                "in": probe.sizes[module].get("in"),
+                "pairs": factors.pairs,
+                "rank": factors.rank,
+                "bias": factors.bias is not None,
+            }
+            for module, factors in sorted(adapter.layers.items())
+        ],
+    }
+
+
+class Probe:
+    """Stands in for a base model, of the sizes that an adapter's tensors say, and notes what is
+    asked of it. Ranks come out right with it, numbers do not."""
+
+    def __init__(self, sizes: Mapping[str, Mapping[str, int]]) -> None:
+        self.sizes = sizes
+        self.shapes = {m: (size.get("out", 1), size.get("in", 1)) for m, size in sizes.items()}
+        self.asked: set[str] = set()
+
+    def bias(self, module: str) -> "Tensor":
+        import torch
+
+        self.asked.add("biases")
+        return torch.zeros(self.shapes[module][0])
+
+    def row_norm2(self, module: str) -> "Tensor":
+        import torch
+
+        self.asked.add("weights")
+        return torch.ones(self.shapes[module][0])
+
+    def product(self, module: str, x: "Tensor") -> "Tensor":
+        self.asked.add("weights")
+        return x.new_zeros(len(x), self.shapes[module][0])

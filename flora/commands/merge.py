@@ -14,9 +14,10 @@ def command(
 ) -> None:
     """Fold an adapter into a model's weights and write a plain model."""
     from flora.adapters.checkpoint import read_checkpoint
+    from flora.base import ModelBase
     from flora.errors import UsageError
     from flora.hosts.loading import load_model
-    from flora.hosts.transformers import ModelBase, merge
+    from flora.hosts.transformers import merge
     from flora.store import fetch
 
     if out.exists():
@@ -24,7 +25,8 @@ def command(
     folder = fetch(adapter)
     read_checkpoint(folder)  # before the model is loaded, which takes longer
     base_model, tokenizer = load_model(model)
-    merge(base_model, read_checkpoint(folder, ModelBase(base_model)).adapter())
+    base = ModelBase(base_model)
+    merge(base_model, read_checkpoint(folder, base).adapter(base))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         whole = Path(scratch, "model")

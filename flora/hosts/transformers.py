@@ -9,19 +9,20 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial, wraps
+from functools import partial, wraps
 from itertools import count
 from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers.pytorch_utils import Conv1D
 
 from flora.adapters.checkpoint import read_checkpoint
 from flora.adapters.core import Adapter
-from flora.bank import AdapterBank, LayerSpec
+from flora.bank import AdapterBank
+from flora.base import BaseLayer, ModelBase, plain_weight
 from flora.errors import ShapeError, UsageError
 from flora.hosts.rows import BASE, Batch, Call, RowAdapter, make_batch
 from flora.ops import get_backend
@@ -59,14 +60,14 @@ def attach(
     get_backend(backend, torch.device("cpu"))
     if BASE in adapters:
         raise UsageError(f"{BASE!r} is the name for no adapter; choose another")
-    base = ModelBase(model)
+    host: Host | None = getattr(model, HOST, None)
+    base = host.base if host else ModelBase(model)
     read = {
         name: source
         if isinstance(source, Adapter)
-        else read_checkpoint(fetch(source), base).adapter()
+        else read_checkpoint(fetch(source), base).adapter(base)
         for name, source in adapters.items()
     }
-    host: Host | None = getattr(model, HOST, None)
     source = host.source if host else ResidentAdapters(AdapterBank(base.specs, budget))
     if not isinstance(source, ResidentAdapters):
         raise UsageError("the model is in training; close its trainer first")
@@ -96,19 +97,22 @@ def merge(model: nn.Module, adapter: Adapter) -> None:
     Raises UsageError for a layer whose weight cannot be written, or is another module's too; then
     nothing has changed.
     """
-    modules = ModelBase(model).modules
+    modules = dict(model.named_modules())
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for name in adapter.layers:
-        module = modules.get(name)
-        if module is None or not _is_plain(module):
+        if name not in modules or plain_weight(modules[name]) is None:
             raise UsageError(f"{name} cannot be merged into: it is no plain linear layer")
-        if uses[id(module.weight)] > 1:
+        if uses[id(modules[name].weight)] > 1:
             raise UsageError(f"{name} cannot be merged into: its weight is another module's too")
     for name, factors in adapter.layers.items():
-        weight = modules[name].weight
-        weight.data = factors.merge(weight.data)  # type: ignore[arg-type]
+        module = modules[name]
+        weight: Any = module.weight
+        turned = isinstance(module, Conv1D)
+        merged = factors.merge(weight.data.T if turned else weight.data)
+        weight.data = merged.T.contiguous() if turned else merged
         if factors.bias is not None:
-            modules[name].bias = nn.Parameter(factors.bias.to(weight.dtype), requires_grad=False)  # type: ignore[arg-type]
+            bias = factors.bias.to(weight.device, weight.dtype)
+            module.bias = nn.Parameter(bias, requires_grad=False)
 
 
 class FactorSource(Protocol):
@@ -151,32 +155,6 @@ class ResidentAdapters:
         return self.bank.factors(module, identities)
 
 
-class ModelBase:
-    """What the check of an adapter asks of a model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        """The linear layers by name."""
-        return {name: m for name, m in self.model.named_modules() if _is_linear(m)}
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        return {name: (s.out_features, s.in_features) for name, s in self.specs.items()}
-
-    @cached_property
-    def head(self) -> str | None:
-        find = getattr(self.model, "get_output_embeddings", None)
-        head = find() if find else None
-        return next((name for name, m in self.modules.items() if m is head), None)
-
-    @cached_property
-    def specs(self) -> dict[str, LayerSpec]:
-        return {name: _spec(module, self.model) for name, module in self.modules.items()}
-
-
 def patch(model: nn.Module, source: FactorSource, backend: str = "auto") -> "Host":
     """Set the forwards of a model and of its linear layers; `Host.unpatch` takes them back."""
     if hasattr(model, HOST):
@@ -196,13 +174,13 @@ class Host:
         self._running = False
         self._replayed: Call | None = None
         self._generating: Batch | None = None
-        base = ModelBase(model)
+        self.base = ModelBase(model)
         self.layers = {
-            name: AdaptedLayer(self, name, module, is_head=name == base.head)
-            for name, module in base.modules.items()
+            name: AdaptedLayer(self, name, layer, is_head=name == self.base.head)
+            for name, layer in self.base.layers.items()
         }
         self._patched = [
-            (layer.module, "forward", layer.wrapper()) for layer in self.layers.values()
+            (layer.base.module, "forward", layer.wrapper()) for layer in self.layers.values()
         ]
         self._patched.append((model, "forward", self._wrap_forward(model.forward)))
         if generate := getattr(model, "generate", None):
@@ -331,10 +309,8 @@ class Host:
 class AdaptedLayer:
     """One linear layer: its own forward, or the operator where an adapter touches it."""
 
-    def __init__(self, host: Host, name: str, module: nn.Module, *, is_head: bool) -> None:
-        self.host, self.name, self.module, self.is_head = host, name, module, is_head
-        self.forward: Callable[[Tensor], Tensor] = module.forward
-        self.plain = _is_plain(module)
+    def __init__(self, host: Host, name: str, base: BaseLayer, *, is_head: bool) -> None:
+        self.host, self.name, self.base, self.is_head = host, name, base, is_head
         self.handle = next(_handles)
         _layers[self.handle] = self
 
@@ -342,15 +318,15 @@ class AdaptedLayer:
         call = self.host.current_call()
         factors = None if call is None else call.batch.factors(self.name)
         if call is None or factors is None:
-            return self.forward(x)
+            return self.base.forward(x)  # type: ignore[no-any-return]
         units, x_SNI = self._units(x, call)
         y = adapted_linear(
             x_SNI,
-            self._product,
+            self.base.product,
             factors,
             units,
-            bias=getattr(self.module, "bias", None),
-            weight=self.module.weight if self.plain else None,  # type: ignore[arg-type]
+            bias=self.base.bias,
+            weight=self.base.weight,
             backend=self.host.backend,
         )
         return y if x_SNI is x else y.reshape(*x.shape[:-1], y.shape[-1])
@@ -358,9 +334,9 @@ class AdaptedLayer:
     def wrapper(self) -> Callable[[Tensor], Tensor]:
         """The forward to set on the module; under compilation one opaque operator."""
         outside = torch.compiler.disable(self)
-        handle, out_features = self.handle, int(self.module.out_features)  # type: ignore[arg-type]
+        handle, out_features = self.handle, self.base.out_features
 
-        @wraps(self.forward)
+        @wraps(self.base.forward)
         def forward(x: Tensor) -> Tensor:
             if not torch.compiler.is_compiling():
                 return self(x)
@@ -370,13 +346,6 @@ class AdaptedLayer:
             return y
 
         return forward
-
-    def _product(self, x: Tensor) -> Tensor:
-        if self.plain:
-            return F.linear(x, self.module.weight)  # type: ignore[arg-type]
-        bias = getattr(self.module, "bias", None)
-        y = self.forward(x)
-        return y if bias is None else y.to(torch.promote_types(y.dtype, torch.float32)) - bias
 
     def _units(self, x: Tensor, call: Call) -> tuple[tuple[int, ...], Tensor]:
         """The call's units, and x as `[units, tokens, in]`. Raises ShapeError for other shapes."""
@@ -423,29 +392,6 @@ def _adapted_layer(x: Tensor, layer: int, out_features: int) -> Tensor:  # noqa:
 @partial(torch.library.register_fake, "flora::adapted_layer")
 def _adapted_layer_shape(x: Tensor, layer: int, out_features: int) -> Tensor:  # noqa: ARG001
     return x.new_empty(*x.shape[:-1], out_features)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return all(isinstance(size, int) for size in sizes)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer is just its weight's product, so that its weight may be read."""
-    return type(module) is nn.Linear and "forward" not in vars(module)
-
-
-def _spec(module: nn.Module, model: nn.Module) -> LayerSpec:
-    tensor = next(module.parameters(), None)
-    if tensor is None:
-        tensor = next(model.parameters())
-    dtype = tensor.dtype if tensor.is_floating_point() else model.dtype
-    return LayerSpec(
-        out_features=module.out_features,  # type: ignore[arg-type]
-        in_features=module.in_features,  # type: ignore[arg-type]
-        dtype=dtype,  # type: ignore[arg-type]
-        device=tensor.device,
-    )
 
 
 def _first_tensor(named: Mapping[str, Any], names: tuple[str, ...]) -> Tensor:

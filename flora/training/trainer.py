@@ -25,13 +25,15 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from flora.adapters.checkpoint import Checkpoint, Params, parse_config, write_checkpoint
+from flora.adapters.config import AdapterConfig
 from flora.adapters.core import LayerFactors
 from flora.adapters.kinds import get_kind
-from flora.adapters.targets import ALL_LINEAR, AdapterConfig, shortest_targets, targeted
+from flora.adapters.targets import ALL_LINEAR, shortest_targets, targeted
 from flora.bank import join_factors
+from flora.base import ModelBase
 from flora.errors import FloraError, InvalidAdapterError, UsageError, faults
 from flora.hosts.rows import BASE
-from flora.hosts.transformers import ModelBase, patch
+from flora.hosts.transformers import patch
 from flora.ops.factors import BatchFactors
 from flora.training.data import IGNORED, RowBatch, derive_seed
 
@@ -85,6 +87,7 @@ class TrainedAdapters:
         self.recipes = recipes
         self.base = ModelBase(model)
         self.params: dict[str, Params] = {}
+        self.shared: dict[str, Mapping[str, Tensor]] = {}
         if BASE in recipes:
             raise UsageError(f"{BASE!r} is the name for no adapter; choose another")
         for name, recipe in recipes.items():
@@ -94,6 +97,13 @@ class TrainedAdapters:
             generator = torch.Generator().manual_seed(derive_seed(seed, name))
             self.params[name] = {
                 module: self._start(recipe, module, generator) for module in modules
+            }
+            shapes = [self.base.shapes[module] for module in modules]
+            largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+            device = self.base.specs[modules[0]].device
+            self.shared[name] = {
+                tensor: value.to(device)
+                for tensor, value in recipe.config.derived(*largest).items()
             }
 
     def __contains__(self, name: str) -> bool:
@@ -112,11 +122,11 @@ class TrainedAdapters:
     def checkpoint(self, name: str, base_model: str | None) -> Checkpoint:
         """An adapter as its folder holds it, on the CPU."""
         recipe, params = self.recipes[name], self.params[name]
-        targets = {"target_modules": shortest_targets(params, self.base)}
         return Checkpoint(
             kind=recipe.kind,
-            config=recipe.config.model_copy(update=targets),
+            config=recipe.config.with_targets(shortest_targets(params, self.base)),
             params={m: {n: t.detach().cpu() for n, t in own.items()} for m, own in params.items()},
+            shared={t: self.shared[name][t].cpu() for t in recipe.config.shared()},
             base_model=base_model,
         )
 
@@ -125,9 +135,8 @@ class TrainedAdapters:
     ) -> dict[str, Tensor]:
         spec = self.base.specs[module]
         exact = torch.promote_types(spec.dtype, torch.float32)
-        start = get_kind(recipe.kind).init(
-            recipe.config, module, self.base.shapes[module], generator
-        )
+        init = get_kind(recipe.kind).init
+        start = init(recipe.config, module, self.base, generator)
         return {n: t.to(spec.device, exact).requires_grad_() for n, t in start.items()}
 
     def _fill(self, name: str, module: str) -> LayerFactors | None:
@@ -135,7 +144,8 @@ class TrainedAdapters:
         if params is None:
             return None
         recipe = self.recipes[name]
-        return get_kind(recipe.kind).fill(recipe.config, module, params)
+        params = {**self.shared[name], **params}
+        return get_kind(recipe.kind).fill(recipe.config, module, params, self.base)
 
 
 class JointTrainer:
@@ -260,6 +270,8 @@ def parse_recipe(raw: Mapping[str, Any]) -> AdapterRecipe:
             there = ", ".join(sorted({*known, *AdapterRecipe.model_fields} - {"kind", "config"}))
             raise UsageError(f"no such settings: {', '.join(unknown)}; there are {there}")
         kind, config = parse_config({k: v for k, v in raw.items() if k not in optimiser})
+        if not config.trainable:
+            raise UsageError(f"{kind} cannot be trained here; train it with PEFT")
         if config.target_modules is None:
             config = config.model_copy(update={"target_modules": ALL_LINEAR})
         return AdapterRecipe(kind=kind, config=config, **optimiser)

@@ -12,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from flora.adapters.core import LayerFactors
 from flora.adapters.kinds import flora
+from flora.adapters.targets import by_pattern
 from flora.bank import join_factors
+from flora.base import ModelBase, plain_weight, sizes_of
 from flora.errors import ShapeError, UsageError
 from flora.ops.adapted_linear import adapted_linear
 from flora.tuner.config import FloraConfig
@@ -20,7 +22,7 @@ from flora.tuner.config import FloraConfig
 BASE = "__base__"
 """PEFT's name, in `adapter_names`, for a row without an adapter."""
 
-SETTINGS = flora.Config()
+SETTINGS, NO_LAYERS = flora.Config(), ModelBase(nn.Module())
 """What a kind's `fill` asks for: FLoRA's reads the rank off the factors, and nothing else."""
 
 RANDOM_SPREAD = 0.3
@@ -49,7 +51,9 @@ class FloraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Wrap a layer, in the model named `module`. Raises UsageError where it is not linear."""
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = _sizes(self.get_base_layer(), module)
+        if (sizes := sizes_of(base := self.get_base_layer())) is None:
+            raise UsageError(f"FLoRA adapts linear layers, but {module} is {type(base).__name__}")
+        self.out_features, self.in_features = sizes
         self.flora_A = nn.ParameterDict()
         self.flora_B = nn.ParameterDict()
         self.r: dict[str, int] = {}
@@ -61,9 +65,9 @@ class FloraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, config: FloraConfig, module: str) -> None:
         """Add an adapter at its start, in at least fp32, whatever type the layer has."""
-        kind = flora.Config(r=config.r, rank_pattern=config.rank_pattern or {})
-        sizes = self.out_features, self.in_features
-        params = flora.init(kind, module, sizes, torch.default_generator)
+        kind = flora.Config(r=by_pattern(config.rank_pattern or {}, module, config.r))
+        layer = ModelBase(self.get_base_layer())  # whose only layer has no name
+        params = flora.init(kind, "", layer, torch.default_generator)
         if not config.init_weights:
             params = {n: 1 + RANDOM_SPREAD * torch.randn_like(p) for n, p in params.items()}
         dtype = torch.promote_types(self.base_dtype, torch.float32)
@@ -169,7 +173,9 @@ class FloraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _factors(self, names: Sequence[str]) -> LayerFactors | None:
         """Those of adapters that act together, W0 + Σ_i (W_i − W0); None where none acts here."""
         parts = [
-            flora.fill(SETTINGS, "", {"flora_A": self.flora_A[n], "flora_B": self.flora_B[n]})
+            flora.fill(
+                SETTINGS, "", {"flora_A": self.flora_A[n], "flora_B": self.flora_B[n]}, NO_LAYERS
+            )
             for n in names
             if n in self.flora_A
         ]
@@ -214,17 +220,4 @@ class FloraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 def _plain_weight(layer: nn.Module) -> Tensor | None:
     """W0, `[out, in]`, of a layer that is F.linear and nothing else; None for a black box."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks)
-    if type(layer) not in (nn.Linear, Conv1D) or "forward" in vars(layer) or any(hooks):
-        return None
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.T if isinstance(layer, Conv1D) else weight
-
-
-def _sizes(layer: nn.Module, module: str) -> tuple[int, int]:
-    """`(out, in)`. Raises UsageError for a layer that is not linear."""
-    if isinstance(layer, Conv1D):
-        return layer.weight.shape[1], layer.weight.shape[0]
-    sizes = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
-    if not isinstance(sizes[0], int) or not isinstance(sizes[1], int):
-        raise UsageError(f"FLoRA adapts linear layers, but {module} is {type(layer).__name__}")
-    return sizes[0], sizes[1]
+    return None if any(hooks) else plain_weight(layer)

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flora.adapters.targets import AdapterConfig, by_pattern, shortest_targets, targeted
+from flora.adapters.config import AdapterConfig
+from flora.adapters.targets import by_pattern, shortest_targets, targeted
 
 NAMES = [f"m.layers.{i}.{part}" for i in range(3) for part in ("up", "down", "up_gate")]
 BASE = SimpleNamespace(shapes=dict.fromkeys([*NAMES, "head"], (2, 2)), head="head")

@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import flora
 from flora.adapters.checkpoint import Checkpoint, write_checkpoint
 from flora.adapters.kinds.flora import Config
+from flora.base import ModelBase
 from flora.errors import (
     BackendError,
     FloraError,
@@ -29,7 +30,7 @@ from flora.errors import (
     UnknownAdapterError,
     UsageError,
 )
-from flora.hosts.transformers import HOST, ModelBase, patch
+from flora.hosts.transformers import HOST, patch
 from tests.helpers import assert_no_worse, random_factors
 
 VOCABULARY = 97

@@ -17,6 +17,7 @@ from transformers import (
 
 from flora.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from flora.adapters.kinds import flora
+from flora.base import ModelBase
 from flora.errors import InvalidAdapterError, UnknownAdapterError, UsageError
 from flora.tuner import FloraConfig, FloraLinear
 
@@ -182,7 +183,7 @@ def test_our_reader_reads_what_peft_writes(tmp_path):
     checkpoint = read_checkpoint(tmp_path)
     assert checkpoint.kind == "FLORA"
     assert set(checkpoint.params) == set(layers(model))
-    adapter = checkpoint.adapter()
+    adapter = checkpoint.adapter(ModelBase(llama()))
     with torch.no_grad():
         for path, layer in layers(model).items():
             factors, own = adapter.layers[path], layer._factors(["default"])

@@ -4,8 +4,10 @@ A kind's module holds
 
     Config                                   its settings, typed; unknown keys are refused
     shapes(config, module) -> {tensor: shape}    sizes are ints, or "in" and "out" of the layer
-    fill(config, module, params) -> LayerFactors     pure, differentiable; params by tensor name
-    init(config, module, shape, generator) -> params     the start of training, on the CPU in fp32
+    fill(config, module, params, base) -> LayerFactors    pure, differentiable in params
+    init(config, module, base, generator) -> params    the start of training, on the CPU in fp32
+
+params are tensors by name, those of `AdapterConfig.shared` and `derived` among them.
 """
 
 from collections.abc import Mapping
@@ -15,12 +17,18 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from flora.adapters.core import LayerFactors
+from flora.adapters.config import Shape
+from flora.adapters.core import LayerFactors, Layers
 from flora.errors import InvalidAdapterError
 
 KINDS = {
     "FLORA": "flora.adapters.kinds.flora",
     "LORA": "flora.adapters.kinds.lora",
+    "IA3": "flora.adapters.kinds.ia3",
+    "HIRA": "flora.adapters.kinds.hira",
+    "ADALORA": "flora.adapters.kinds.adalora",
+    "VERA": "flora.adapters.kinds.vera",
+    "LOHA": "flora.adapters.kinds.loha",
 }
 
 
@@ -29,12 +37,14 @@ class Kind(Protocol):
 
     Config: type[Any]
 
-    def shapes(self, config: Any, module: str) -> Mapping[str, tuple[int | str, ...]]: ...
+    def shapes(self, config: Any, module: str) -> Mapping[str, Shape]: ...
 
-    def fill(self, config: Any, module: str, params: Mapping[str, Tensor]) -> LayerFactors: ...
+    def fill(
+        self, config: Any, module: str, params: Mapping[str, Tensor], base: Layers
+    ) -> LayerFactors: ...
 
     def init(
-        self, config: Any, module: str, shape: tuple[int, int], generator: torch.Generator
+        self, config: Any, module: str, base: Layers, generator: torch.Generator
     ) -> dict[str, Tensor]: ...
 
 

@@ -9,8 +9,9 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from flora.adapters.core import LayerFactors
-from flora.adapters.targets import AdapterConfig, by_pattern
+from flora.adapters.config import AdapterConfig, Shape
+from flora.adapters.core import LayerFactors, Layers
+from flora.adapters.targets import by_pattern
 from flora.errors import InvalidAdapterError
 
 SPREAD = 0.1
@@ -24,18 +25,23 @@ class Config(AdapterConfig):
     inert = AdapterConfig.inert | {"init_weights"}
 
 
-def shapes(config: Config, module: str) -> dict[str, tuple[int | str, ...]]:
+def shapes(config: Config, module: str) -> dict[str, Shape]:
     r = by_pattern(config.rank_pattern, module, config.r)
     return {"flora_A": (r, "out"), "flora_B": (r, "in")}
 
 
-def fill(config: Config, module: str, params: Mapping[str, Tensor]) -> LayerFactors:  # noqa: ARG001
+def fill(
+    config: Config,
+    module: str,
+    params: Mapping[str, Tensor],
+    base: Layers,
+) -> LayerFactors:
     a, b = params["flora_A"], params["flora_B"]
     return LayerFactors(hadamard_out=a / a.shape[0], hadamard_in=b)
 
 
 def init(
-    config: Config, module: str, shape: tuple[int, int], generator: torch.Generator
+    config: Config, module: str, base: Layers, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The identity to rounding: A = 1, B = 1 + ε, where ε sums to zero over the ranks.
 
@@ -44,7 +50,7 @@ def init(
     if config.share_input:
         raise InvalidAdapterError("share_input is for training with PEFT: see flora.FloraConfig")
     r = by_pattern(config.rank_pattern, module, config.r)
-    out_features, in_features = shape
+    out_features, in_features = base.shapes[module]
     noise = SPREAD * torch.randn(r, in_features, generator=generator)
     return {
         "flora_A": torch.ones(r, out_features),

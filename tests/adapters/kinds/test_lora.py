@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from flora.adapters.checkpoint import read_checkpoint
+from flora.base import ModelBase
 
 
 class Tiny(nn.Module):
@@ -42,7 +43,7 @@ def test_a_saved_adapter_changes_the_weights_as_in_peft(settings, tmp_path):
         Tiny(), peft.LoraConfig(target_modules=["up", "down"], init_lora_weights=False, **settings)
     )
     model.save_pretrained(tmp_path)
-    adapter = read_checkpoint(tmp_path).adapter()
+    adapter = read_checkpoint(tmp_path).adapter(ModelBase(Tiny()))
     assert len(adapter.layers) == 4
     for name, factors in adapter.layers.items():
         layer = model.base_model.model.get_submodule(name)
