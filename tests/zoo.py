@@ -15,7 +15,7 @@ import flora
 from flora.base import ModelBase
 
 VOCABULARY = 97
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -26,23 +26,34 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+TOKENS = {name: TINY[name] for name in ("vocab_size", "pad_token_id", "bos_token_id")}
+TOKENS["eos_token_id"] = TINY["eos_token_id"]
 GROUPED = {"num_key_value_heads": 2}
 HEADS = {"head_dim": 8, **GROUPED}
-GPT = {
-    **{k: TINY[k] for k in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")},
-    **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 128},
+GPT = TOKENS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 128}
+T5 = TOKENS | {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "dropout_rate": 0.0,
 }
-WHISPER = {
-    **{k: TINY[k] for k in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")},
-    **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "num_mel_bins": 8},
-    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_source_positions": 24},
-    **{"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_target_positions": 64},
-    **{"decoder_start_token_id": 3, "suppress_tokens": [], "begin_suppress_tokens": []},
-}
-T5 = {
-    **{k: TINY[k] for k in ("vocab_size", "pad_token_id", "eos_token_id")},
-    **{"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
-    **{"decoder_start_token_id": 0, "dropout_rate": 0.0},
+WHISPER = TOKENS | {
+    "d_model": 32,
+    "num_mel_bins": 8,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_source_positions": 24,
+    "max_target_positions": 64,
+    "decoder_start_token_id": 3,
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
 }
 ARCHITECTURES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "Llama": ("LlamaForCausalLM", {**TINY, **GROUPED, "attention_bias": True}),
