@@ -9,6 +9,7 @@ import typer
 from flora.errors import FloraError, UsageError
 
 COMMANDS = {
+    "bench": "flora.commands.bench",
     "demo": "flora.commands.demo",
     "generate": "flora.commands.generate",
     "inspect": "flora.commands.inspect",
@@ -25,8 +26,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _name, _module in COMMANDS.items():
-    app.command(_name)(import_module(_module).command)
+for _name, _path in COMMANDS.items():
+    _module = import_module(_path)
+    if hasattr(_module, "app"):  # a group of commands
+        app.add_typer(_module.app, name=_name)
+    else:
+        app.command(_name)(_module.command)
 
 
 def main(arguments: list[str] | None = None) -> None:

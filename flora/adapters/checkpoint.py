@@ -29,6 +29,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 SHARED_PREFIX = "base_model."
 PREFIX = f"{SHARED_PREFIX}model."
+SIDES = ("out", "in")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONFIG_BYTES = 4 * 2**20
 
@@ -168,7 +169,7 @@ def write_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> 
         "base_model_name_or_path": checkpoint.base_model,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        **checkpoint.config.model_dump(),
+        **checkpoint.config.model_dump(exclude_none=True),
     }
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors().items()
@@ -346,7 +347,9 @@ def _check(
         expected = [sizes.get(dim, dim) for dim in dims]
         if list(tensor.shape) != expected:
             faults.append(f"{prefix}{name}: found shape {list(tensor.shape)}, expected {expected}")
-        elif max((d for d in dims if isinstance(d, int)), default=0) > limits.rank:
+        elif any(
+            n > limits.rank for d, n in zip(dims, tensor.shape, strict=True) if d not in SIDES
+        ):
             faults.append(f"{prefix}{name}: rank over the limit of {limits.rank}")
         elif not torch.isfinite(tensor).all():
             faults.append(f"{prefix}{name} holds NaN or Inf")

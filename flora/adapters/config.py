@@ -49,8 +49,6 @@ class AdapterConfig(BaseModel):
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
 
     @field_validator(*PATTERNS, check_fields=False)
     @classmethod
@@ -84,7 +82,14 @@ class AdapterConfig(BaseModel):
         return json.dumps(sorted(fields.items()))  # a pattern's own order counts: the first match
 
 
-class BiasedConfig(AdapterConfig):
+class BlockConfig(AdapterConfig):
+    """What kinds share that may be for some of a model's blocks only."""
+
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+
+class BiasedConfig(BlockConfig):
     """What kinds share whose folders may hold the biases of layers.
 
     bias: "none"; "all" for those of all layers; else for those of the layers meant.

@@ -35,6 +35,13 @@ class Pass:
     rows: Numbers
     pages: Numbers
 
+    def again(self, count: int) -> Numbers:
+        """The rows of the copies behind those of all `count` rows in order; None if there are none
+        such in front."""
+        if self.rows is None or self.rows[:count] != tuple(range(count)):
+            return None
+        return self.rows[count:]
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -49,9 +56,9 @@ class Segment:
 
 
 class OnDevice(NamedTuple):
-    """A plan's indices as a device wants them; fields as in `Plan`."""
+    """A plan's indices as a device wants them; fields as in `Plan`, a pass with its `again`."""
 
-    passes: tuple[tuple[Index, Index], ...]
+    passes: tuple[tuple[Index, Index, Index], ...]
     weight_side: tuple[tuple[Index, Index], ...]
     additive: tuple[tuple[int, Index, Index], ...]
     bias: Index
@@ -92,7 +99,14 @@ class Plan:
         """The indices on a device, made once."""
         if device not in self._on:
             self._on[device] = OnDevice(
-                tuple((_index(p.rows, device), _index(p.pages, device)) for p in self.passes),
+                tuple(
+                    (
+                        _index(p.rows, device),
+                        _index(p.pages, device),
+                        _index(p.again(len(self.rows)), device),
+                    )
+                    for p in self.passes
+                ),
                 tuple((_index(s.rows, device), _index(s.pages, device)) for s in self.weight_side),
                 tuple(
                     (s.rank, _index(s.rows, device), _index(s.pages, device)) for s in self.additive

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from flora.adapters.config import AdapterConfig, Shape
+from flora.adapters.config import BlockConfig, Shape
 from flora.adapters.core import LayerFactors, Layers
 from flora.adapters.targets import by_pattern
 from flora.errors import InvalidAdapterError
@@ -18,11 +18,11 @@ SPREAD = 0.1
 """Standard deviation of the start's ε: at 0 all ranks stay equal for ever, tiny ones are slow."""
 
 
-class Config(AdapterConfig):
+class Config(BlockConfig):
     r: PositiveInt = 1
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     share_input: bool = False
-    inert = AdapterConfig.inert | {"init_weights"}
+    inert = BlockConfig.inert | {"init_weights"}
 
 
 def shapes(config: Config, module: str) -> dict[str, Shape]:

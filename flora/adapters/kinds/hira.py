@@ -10,19 +10,20 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from flora.adapters.config import AdapterConfig, Shape
+from flora.adapters.config import BlockConfig, Shape
 from flora.adapters.core import LayerFactors, Layers
-from flora.adapters.targets import by_pattern
+from flora.errors import InvalidAdapterError
 
 
-class Config(AdapterConfig):
+class Config(BlockConfig):
     r: PositiveInt = 32
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
-    inert = AdapterConfig.inert | {"fan_in_fan_out", "hira_dropout", "init_weights"}
+    inert = BlockConfig.inert | {"fan_in_fan_out", "hira_dropout", "init_weights"}
 
 
 def shapes(config: Config, module: str) -> dict[str, Shape]:
-    r = by_pattern(config.rank_pattern, module, config.r)
+    # PEFT 0.21 follows the pattern for a model's second adapter only: then the tensors say.
+    r = "rank" if config.rank_pattern else config.r
     return {"hira_A": (r, "in"), "hira_B": ("out", r)}
 
 
@@ -43,11 +44,15 @@ def fill(
 def init(
     config: Config, module: str, base: Layers, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The identity: A as `nn.Linear` starts (PEFT's choice), B = 0."""
-    r = by_pattern(config.rank_pattern, module, config.r)
+    """The identity: A as `nn.Linear` starts (PEFT's choice), B = 0.
+
+    Raises InvalidAdapterError for a rank_pattern, which PEFT would not read.
+    """
+    if config.rank_pattern:
+        raise InvalidAdapterError("rank_pattern cannot be trained here: PEFT does not read it")
     out_features, in_features = base.shapes[module]
     bound = 1 / math.sqrt(in_features)
     return {
-        "hira_A": torch.empty(r, in_features).uniform_(-bound, bound, generator=generator),
-        "hira_B": torch.zeros(out_features, r),
+        "hira_A": torch.empty(config.r, in_features).uniform_(-bound, bound, generator=generator),
+        "hira_B": torch.zeros(out_features, config.r),
     }

@@ -10,18 +10,18 @@ import torch
 from pydantic import Field, FiniteFloat, PositiveInt
 from torch import Tensor
 
-from flora.adapters.config import AdapterConfig, Shape
+from flora.adapters.config import BlockConfig, Shape
 from flora.adapters.core import LayerFactors, Layers
 from flora.adapters.targets import by_pattern
 
 
-class Config(AdapterConfig):
+class Config(BlockConfig):
     r: PositiveInt = 8
     alpha: FiniteFloat = 8.0
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     alpha_pattern: dict[str, FiniteFloat] = Field(default_factory=dict)
     read_by_fill = frozenset({"alpha", "alpha_pattern"})
-    inert = AdapterConfig.inert | {"init_weights", "module_dropout", "rank_dropout"}
+    inert = BlockConfig.inert | {"init_weights", "module_dropout", "rank_dropout"}
 
 
 def shapes(config: Config, module: str) -> dict[str, Shape]:

@@ -1,0 +1,74 @@
+"""Random adapters to measure with: of any kind, away from the identity, on every linear layer."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flora.adapters.checkpoint import Checkpoint, parse_config
+from flora.adapters.core import Adapter
+from flora.adapters.kinds import get_kind
+from flora.adapters.targets import ALL_LINEAR, targeted
+from flora.base import ModelBase
+from flora.errors import UsageError
+
+SPREAD = 0.05
+"""Standard deviation around the start: every tensor moves, and the model goes on to work."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An adapter to be made: its kind, its rank (None for a kind that has none), and flags of its
+    config that are set."""
+
+    kind: str
+    rank: int | None
+    flags: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`KIND/flag`, as a record gives it."""
+        return "/".join([self.kind, *self.flags])
+
+    def adapter(self, base: ModelBase, seed: int) -> Adapter:
+        """A random one on all linear layers but the head. Raises InvalidAdapterError."""
+        raw: dict[str, Any] = {"peft_type": self.kind, "target_modules": ALL_LINEAR}
+        raw |= dict.fromkeys(self.flags, True)
+        kind = get_kind(self.kind)
+        if kind.Config.rank_field and self.rank:
+            raw[kind.Config.rank_field] = self.rank
+        _, config = parse_config(raw)
+        generator = torch.Generator().manual_seed(seed)
+        params = {}
+        for module in sorted(targeted(config, base)):
+            start = kind.init(config, module, base, generator)
+            params[module] = {
+                name: value + SPREAD * torch.randn(value.shape, generator=generator)
+                for name, value in start.items()
+            }
+        return Checkpoint(kind=self.kind, config=config, params=params).adapter(base)
+
+
+def parse_specs(text: str, rank: int) -> list[Spec]:
+    """The adapters of a batch: `KIND[/flag…][:rank]`, several joined by `+`.
+
+    rank: of those that name none. Raises UsageError.
+    """
+    specs = []
+    for part in text.split("+"):
+        found = re.fullmatch(r"(\w+)((?:/\w+)*)(?::([1-9]\d*))?", part.strip())
+        if found is None:
+            raise UsageError(f"{part!r} is no KIND[/flag][:rank]")
+        name, flags, own = found.groups()
+        has_rank = get_kind(name).Config.rank_field is not None
+        if own and not has_rank:
+            raise UsageError(f"{name} has no rank")
+        specs.append(
+            Spec(
+                kind=name.upper(),
+                rank=int(own or rank) if has_rank else None,
+                flags=tuple(flags.split("/")[1:]),
+            )
+        )
+    return specs
