@@ -221,7 +221,12 @@ class AdapterBank:
                     raise InvalidAdapterError(
                         f"{module} {name}: found widths {found}, expected {expected}"
                     )
-                nbytes += self._pool(module, name).page_bytes * tensors[0].shape[0]
+                pool = self._pool(module, name)
+                largest = max(float(tensor.abs().max()) for tensor in tensors)
+                if largest > torch.finfo(pool.dtype).max:
+                    kind = str(pool.dtype).removeprefix("torch.")
+                    raise InvalidAdapterError(f"{module} {name}: {largest:g} is beyond {kind}")
+                nbytes += pool.page_bytes * tensors[0].shape[0]
         return nbytes
 
     def _make_room(self, nbytes: int) -> None:
@@ -257,6 +262,7 @@ class _Pool:
 
     def __init__(self, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.tensors = [torch.empty(0, width, dtype=dtype, device=device) for width in widths]
+        self.dtype = dtype
         self.page_bytes = sum(widths) * dtype.itemsize
         self.pages: dict[str, list[int]] = {}
         self.free: list[int] = []

@@ -8,7 +8,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from flora.adapters.core import Adapter, LayerFactors
 from flora.bank import AdapterBank, LayerSpec, _Pool, join_factors
+from flora.base import ModelBase
+from flora.bench.adapters import parse_specs
+from flora.commands.bench import MIXED
 from flora.errors import InvalidAdapterError, OutOfBudgetError, UnknownAdapterError
+from tests import zoo
 from tests.helpers import random_factors
 
 SIZES = {"up": (7, 5), "down": (5, 7), "square": (6, 6)}
@@ -174,6 +178,43 @@ def test_memory_is_that_of_the_ranks(dtype):
     assert bank.used_bytes == expected
     assert expected <= bank.held_bytes <= 1.05 * expected
     assert sum(r.nbytes for r in bank.residents) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_every_kind_is_that_of_its_ranks(dtype):
+    """Within 5% of Σ 4·h·(in + out) + itemsize·l·(in + out) + bias, while adapters come and go."""
+    base = ModelBase(zoo.build("Qwen2").to(dtype))
+    bank = AdapterBank(base.specs)
+    specs = parse_specs(MIXED + "+LORA:3+FLORA:4", 1)
+    made = [spec.adapter(base, seed) for seed in range(8) for spec in specs]
+    held, waiting = made[:60], made[60:]
+    for one in held:
+        bank.load(one)
+    for one in waiting:
+        bank.unload(held.pop(0).identity)
+        bank.load(one)
+        held.append(one)
+    expected = 0
+    for one in held:
+        for module, factors in one.layers.items():
+            out, n = base.shapes[module]
+            expected += 4 * factors.pairs * (n + out) + dtype.itemsize * factors.rank * (n + out)
+            expected += 0 if factors.bias is None else dtype.itemsize * out
+    assert bank.used_bytes == expected
+    assert expected <= bank.held_bytes <= 1.05 * expected
+
+
+def test_a_factor_beyond_the_layers_type_is_refused():
+    bank = AdapterBank(specs(torch.float16))
+    good, bad = adapter("a", rank=2), adapter("b", rank=2)
+    bank.load(good)
+    bad.layers["up"].up[0, 0] = 1e5
+    with pytest.raises(InvalidAdapterError, match="up low_rank: 100000 is beyond float16"):
+        bank.load(bad)
+    held = AdapterBank(specs(torch.float16))
+    held.load(good)
+    assert [r.identity for r in bank.residents] == ["a"]
+    assert_same(bank.factors("up", ["a"]), held.factors("up", ["a"]))
 
 
 def test_unloading_frees_memory():

@@ -233,7 +233,9 @@ GROUP = st.none() | st.fixed_dictionaries(
 
 
 @st.composite
-def layers(draw: st.DrawFn) -> Layer:
+def layers(
+    draw: st.DrawFn, dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32)
+) -> Layer:
     groups = draw(st.lists(GROUP, min_size=1, max_size=4))
     return make_layer(
         groups,
@@ -241,7 +243,7 @@ def layers(draw: st.DrawFn) -> Layer:
         out_features=draw(st.integers(1, 9)),
         in_features=draw(st.integers(1, 9)),
         tokens=draw(st.sampled_from([1, 2, 5, 200])),
-        dtype=draw(st.sampled_from([torch.float64, torch.float32])),
+        dtype=draw(st.sampled_from(dtypes)),
         bias=draw(st.booleans()),
         seed=draw(st.integers(0, 99)),
     )
@@ -250,6 +252,29 @@ def layers(draw: st.DrawFn) -> Layer:
 @given(layers(), st.booleans())
 def test_any_mix(layer, weight):
     check(layer, weight=weight)
+
+
+@given(layers(dtypes=DTYPES), st.booleans())
+def test_any_mix_without_gradients(layer, weight):
+    """As a decode step has it: sums in place, products of 16 bits in ways of their own."""
+    truth = operator("reference", weight=True)(in_double(layer))
+    half = layer.x.dtype == torch.bfloat16
+    with torch.no_grad():
+        found = operator("eager", weight=weight)(layer)
+        sizes = operator("reference", weight=True)(in_double(absolute(layer)))
+        scale = 2 * sizes if half else 4 * sizes
+        assert_no_worse(found, plain(layer), truth, scale=scale)
+
+
+def in_double(layer: Layer) -> Layer:
+    return Layer(
+        x=layer.x.double(),
+        weight=layer.weight.double(),
+        groups=[g and LayerFactors(**{n: t.double() for n, t in g.parts()}) for g in layer.groups],
+        rows=layer.rows,
+        bias=None if layer.bias is None else layer.bias.double(),
+        grad=layer.grad.double(),
+    )
 
 
 @given(layers(), st.randoms(use_true_random=False))
