@@ -29,7 +29,6 @@ CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 SHARED_PREFIX = "base_model."
 PREFIX = f"{SHARED_PREFIX}model."
-SIDES = ("out", "in")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONFIG_BYTES = 4 * 2**20
 
@@ -94,24 +93,28 @@ class Checkpoint:
 
         base: the model that it is for.
 
-        Raises InvalidAdapterError where a factor comes out as NaN or Inf.
+        Raises InvalidAdapterError where a layer cannot be filled, or a factor is NaN or Inf.
         """
         kind, extras = get_kind(self.kind), self.config.extras()
         meant = [base.shapes[m] for m, own in self.params.items() if own.keys() - extras.keys()]
-        layers = {}
+        layers, faults = {}, []
         with torch.no_grad():
             largest = [max(sizes) for sizes in zip(*meant, strict=True)]
             common = _exact(self.shared)
             if largest and not common:
                 common = dict(self.config.derived(*largest))
             for module, own in self.params.items():
-                layers[module] = kind.fill(self.config, module, common | _exact(own), base)
-        faults = [
-            f"{module}: {name} comes out as NaN or Inf"
-            for module, factors in layers.items()
-            for name, tensor in factors.parts()
-            if not tensor.isfinite().all()
-        ]
+                try:
+                    factors = kind.fill(self.config, module, common | _exact(own), base)
+                except InvalidAdapterError as error:
+                    faults.append(f"{module}: {error}")
+                    continue
+                layers[module] = factors
+                faults += [
+                    f"{module}: {name} comes out as NaN or Inf"
+                    for name, tensor in factors.parts()
+                    if not tensor.isfinite().all()
+                ]
         if faults:
             raise InvalidAdapterError("; ".join(faults))
         return Adapter(kind=self.kind, identity=self.identity, layers=layers)
@@ -242,7 +245,7 @@ def _read(folder: Path, base: Base | None, limits: Limits) -> Checkpoint:
             faults.append(f"{module}: the base model has no such linear layer")
         elif meant is not None and module in own - meant:
             faults.append(f"{module}: target_modules do not mean this layer")
-        missing = shapes.keys() - params[module].keys() - extras.keys()
+        missing = shapes.keys() - params[module].keys() - extras.keys() - config.optional
         faults += [f"{module}.{name} is missing" for name in shapes if name in missing]
         faults += _check(params[module], f"{module}.", shapes, shape, limits)
     common = config.shared()
@@ -347,9 +350,7 @@ def _check(
         expected = [sizes.get(dim, dim) for dim in dims]
         if list(tensor.shape) != expected:
             faults.append(f"{prefix}{name}: found shape {list(tensor.shape)}, expected {expected}")
-        elif any(
-            n > limits.rank for d, n in zip(dims, tensor.shape, strict=True) if d not in SIDES
-        ):
+        elif any(sizes[dim] > limits.rank for dim in dims if dim == "rank" or isinstance(dim, int)):
             faults.append(f"{prefix}{name}: rank over the limit of {limits.rank}")
         elif not torch.isfinite(tensor).all():
             faults.append(f"{prefix}{name} holds NaN or Inf")

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from torch import Tensor
 
 Shape = tuple[int | str, ...]
-"""A tensor's sizes: numbers, or "in" and "out" of its layer."""
+"""A tensor's sizes: numbers, "in" and "out" of its layer, or names that its layer's tensors share,
+"rank" being one that is no larger than a rank may be."""
 
 PATTERNS = {
     "target_modules": "{}",
@@ -26,14 +27,16 @@ class AdapterConfig(BaseModel):
 
     `inert` names the keys of a kind's `adapter_config.json` that do not change what it computes,
     `read_by_fill` the fields that, beside the tensors, do. `rank_field` is the one for the rank,
-    and `trainable` says whether the kind's own way of training is ours. `extras`, `shared` and
-    `derived` are for kinds that have more tensors than `shapes` names.
+    and `trainable` says whether the kind's own way of training is ours. `optional` names tensors of
+    `shapes` that a layer may lack, as `fill` knows; `extras`, `shared` and `derived` are for kinds
+    that have more tensors than `shapes` names.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     rank_field: ClassVar[str | None] = "r"
     trainable: ClassVar[bool] = True
+    optional: ClassVar[frozenset[str]] = frozenset()
     read_by_fill: ClassVar[frozenset[str]] = frozenset()
     inert: ClassVar[frozenset[str]] = frozenset(
         {

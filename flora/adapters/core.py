@@ -73,10 +73,15 @@ class LayerFactors:
                 raise InvalidAdapterError(f"{first} and {second} differ in rank: {shapes}")
         if self.bias is not None and self.bias.ndim != 1:
             raise InvalidAdapterError(f"bias is a vector, got {tuple(self.bias.shape)}")
-        ins = {t.shape[1] for t in (self.hadamard_in, self.down) if t is not None}
-        outs = {t.shape[-1] for t in (self.hadamard_out, self.up, self.bias) if t is not None}
+        outs, ins = self._sizes()
         if len(ins) > 1 or len(outs) > 1:
             raise InvalidAdapterError(f"parts of one layer differ in size: in {ins}, out {outs}")
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """`(out, in)`, None where no part says it."""
+        outs, ins = self._sizes()
+        return next(iter(outs), None), next(iter(ins), None)
 
     @property
     def pairs(self) -> int:
@@ -91,6 +96,11 @@ class LayerFactors:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for _, t in self.parts())
+
+    def _sizes(self) -> tuple[set[int], set[int]]:
+        outs = {t.shape[-1] for t in (self.hadamard_out, self.up, self.bias) if t is not None}
+        ins = {t.shape[1] for t in (self.hadamard_in, self.down) if t is not None}
+        return outs, ins
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         """The parts that are not neutral, by name."""

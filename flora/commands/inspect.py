@@ -41,23 +41,23 @@ def command(
     facts.add_row("bytes", f"{record['bytes']:,}")
     facts.add_row("hash", record["identity"])
     console.print(facts)
-    columns = ("out", "in", "pairs", "rank", "bias")
     heads = ("layers", "out", "in", "Hadamard pairs (h)", "additive rank (l)", "bias")
     table = Table("module", *heads)
+    columns = ("out", "in", "pairs", "rank", "bias")
     same = Counter(
         (layer["module"].rpartition(".")[2], *(layer[column] for column in columns))
         for layer in record["modules"]
     )
-    for (ending, *sizes), count in sorted(same.items(), key=str):
-        shown = ("any" if s is None else {True: "yes", False: "no"}.get(s, s) for s in sizes)
-        table.add_row(ending, str(count), *map(str, shown))
+    for (ending, *sizes, bias), count in sorted(same.items(), key=str):
+        shown = ["any" if size is None else str(size) for size in sizes]
+        table.add_row(ending, str(count), *shown, "yes" if bias else "no")
     console.print(table)
 
 
 def describe(checkpoint: Any) -> dict[str, Any]:
     """What a checkpoint holds, and what the base must be: its layers, and what is asked of them."""
     probe = Probe(checkpoint.sizes())
-    adapter = checkpoint.adapter(probe)
+    layers = checkpoint.adapter(probe).layers
     return {
         "kind": checkpoint.kind,
         "config": checkpoint.config.model_dump(exclude_defaults=True),
@@ -68,13 +68,12 @@ def describe(checkpoint: Any) -> dict[str, Any]:
         "modules": [
             {
                 "module": module,
-                "out": probe.sizes[module].get("out"),
-                "in": probe.sizes[module].get("in"),
+                **probe.size(module, factors),
                 "pairs": factors.pairs,
                 "rank": factors.rank,
                 "bias": factors.bias is not None,
             }
-            for module, factors in sorted(adapter.layers.items())
+            for module, factors in sorted(layers.items())
         ],
     }
 
@@ -84,9 +83,15 @@ class Probe:
     asked of it. Ranks come out right with it, numbers do not."""
 
     def __init__(self, sizes: Mapping[str, Mapping[str, int]]) -> None:
-        self.sizes = sizes
+        # 1 where it is not known: what is made with that says it too, or has 1 as well.
         self.shapes = {m: (size.get("out", 1), size.get("in", 1)) for m, size in sizes.items()}
         self.asked: set[str] = set()
+
+    def size(self, module: str, factors: Any) -> dict[str, int | None]:
+        """What a layer's "out" and "in" must be, as far as its tensors, or what they made, say."""
+        pairs = zip(("out", "in"), self.shapes[module], factors.size, strict=True)
+        largest = {side: max(own, made or 1) for side, own, made in pairs}
+        return {side: None if size == 1 else size for side, size in largest.items()}
 
     def bias(self, module: str) -> "Tensor":
         import torch

@@ -24,8 +24,9 @@ RECIPES = {
     "vera": {"peft_type": "VERA", "r": 4},
     "drawn": {"peft_type": "VERA", "r": 3, "save_projection": False},
     "loha": {"peft_type": "LOHA", "r": 2, "alpha": 3.0},
+    "lokr": {"peft_type": "LOKR", "r": 2, "decompose_both": True},
 }
-NOT_FOR = {"GPT2": {"loha"}}
+NOT_FOR = {"GPT2": {"loha", "lokr"}}
 """Pairs that PEFT does not take."""
 
 
@@ -112,7 +113,7 @@ def test_every_kind_learns_in_one_batch(tmp_path):
     ("raw", "said"),
     [
         ({"peft_type": "ADALORA"}, "ADALORA cannot be trained here"),
-        ({"peft_type": "LOKR"}, "'LOKR' is not supported"),
+        ({"peft_type": "OFT"}, "'OFT' is not supported"),
     ],
 )
 def test_a_kind_that_cannot_be_trained_is_refused_at_once(raw, said):

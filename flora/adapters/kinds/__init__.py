@@ -29,6 +29,7 @@ KINDS = {
     "ADALORA": "flora.adapters.kinds.adalora",
     "VERA": "flora.adapters.kinds.vera",
     "LOHA": "flora.adapters.kinds.loha",
+    "LOKR": "flora.adapters.kinds.lokr",
 }
 
 
