@@ -177,7 +177,21 @@ def test_the_settings_and_data_of_the_training_page_hold(tmp_path):
     assert {example.adapter for example in read_examples(tmp_path / "rows.jsonl")} <= set(recipes)
 
 
-@pytest.mark.parametrize(("page", "table"), [("adapters", KINDS), ("operator", BACKENDS)])
+def test_the_diff_that_adds_a_kind_is_its_module():
+    """CONTRIBUTING shows a kind whole: one file, and one line of the table."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    (diff,) = [block.text for block in blocks_of(page) if block.language == "diff"]
+    table, module = diff.split("--- /dev/null\n")
+    (line,) = [line[1:] for line in table.splitlines() if line.startswith("+ ")]
+    assert line in (ROOT / "flora/adapters/kinds/__init__.py").read_text()
+    path = re.search(r"^\+\+\+ b/(\S+)$", module, re.MULTILINE)[1]
+    added = [line[1:] for line in module.splitlines() if re.match(r"\+(?!\+\+)", line)]
+    assert added == (ROOT / path).read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("page", "table"), [("adapters", KINDS), ("kinds", KINDS), ("operator", BACKENDS)]
+)
 def test_a_page_has_each_entry_of_its_table(page, table):
     text = (ROOT / "docs" / f"{page}.md").read_text()
     assert [name for name in table if f"`{name}`" not in text] == []
