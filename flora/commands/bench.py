@@ -53,15 +53,15 @@ def generate(
     from flora.commands.progress import progress
     from flora.hosts.loading import load_model
 
-    mixes = {
+    mixes = dict.fromkeys(
         tuple(parse_specs(MIXED if text == "mixed" else text, rank))
         for text in kinds.split(",")
         for rank in _numbers("--ranks", ranks)
-    }
+    )
     loads = [
         Load(rows=r, distinct=d, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         for r in _numbers("--rows", rows)
-        for d in ([r] if distinct == "all" else _numbers("--distinct", distinct))
+        for d in _numbers("--distinct", distinct.replace("all", str(r)))
         if d <= r
     ]
     loaded, _ = load_model(str(demo_model()) if model is None else model)
@@ -69,7 +69,7 @@ def generate(
     records: list[dict[str, Any]] = []
     with progress("measuring", len(loads)) as advance:
         for load in loads:
-            records += measure(loaded, sorted(mixes, key=str), load, repeats=repeats)
+            records += measure(loaded, list(mixes), load, repeats=repeats)
             advance(f"{load.rows} rows")
     if as_json:
         as_json.parent.mkdir(parents=True, exist_ok=True)
