@@ -20,7 +20,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from flora.adapters.config import AdapterConfig, Shape
-from flora.adapters.core import Adapter, Base, Layers, identity_of
+from flora.adapters.core import Adapter, Base, LayerFactors, Layers, identity_of
 from flora.adapters.kinds import get_kind
 from flora.adapters.targets import targeted
 from flora.errors import InvalidAdapterError, UsageError, faults
@@ -88,33 +88,48 @@ class Checkpoint:
             }
         return found
 
-    def adapter(self, base: Layers) -> Adapter:
-        """The adapter in the one form of all kinds, filled in at least fp32.
+    def fill(self, base: Layers) -> dict[str, LayerFactors]:
+        """Each layer in the one form of all kinds, in at least fp32, of whatever values.
 
-        base: the model that it is for.
-
-        Raises InvalidAdapterError where a layer cannot be filled, or a factor is NaN or Inf.
+        Raises InvalidAdapterError, naming each layer that cannot be filled.
         """
         kind, extras = get_kind(self.kind), self.config.extras()
         meant = [base.shapes[m] for m, own in self.params.items() if own.keys() - extras.keys()]
+        largest = [max(sizes) for sizes in zip(*meant, strict=True)]
+        common = _exact(self.shared)
+        if largest and not common:
+            common = dict(self.config.derived(*largest))
         layers, faults = {}, []
-        with torch.no_grad():
-            largest = [max(sizes) for sizes in zip(*meant, strict=True)]
-            common = _exact(self.shared)
-            if largest and not common:
-                common = dict(self.config.derived(*largest))
-            for module, own in self.params.items():
-                try:
-                    factors = kind.fill(self.config, module, common | _exact(own), base)
-                except InvalidAdapterError as error:
-                    faults.append(f"{module}: {error}")
-                    continue
-                layers[module] = factors
-                faults += [
-                    f"{module}: {name} comes out as NaN or Inf"
-                    for name, tensor in factors.parts()
-                    if not tensor.isfinite().all()
-                ]
+        for module, own in self.params.items():
+            try:
+                with torch.no_grad():
+                    params = common | _exact(own)
+                    layers[module] = kind.fill(self.config, module, params, base)
+            except InvalidAdapterError as error:
+                faults.append(f"{module}: {error}")
+        if faults:
+            raise InvalidAdapterError("; ".join(faults))
+        return layers
+
+    def adapter(self, base: Layers) -> Adapter:
+        """The adapter, ready to use.
+
+        base: the model that it is for.
+
+        Raises InvalidAdapterError, naming each layer that cannot be filled, is of another size than
+        the model's, or comes out as NaN or Inf.
+        """
+        layers, faults = self.fill(base), []
+        for module, factors in layers.items():
+            expected = base.shapes[module]
+            if any(n not in (None, m) for n, m in zip(factors.size, expected, strict=True)):
+                found = list(factors.size)
+                faults.append(f"{module}: is of size {found}, expected {list(expected)}")
+            faults += [
+                f"{module}: {name} comes out as NaN or Inf"
+                for name, tensor in factors.parts()
+                if not tensor.isfinite().all()
+            ]
         if faults:
             raise InvalidAdapterError("; ".join(faults))
         return Adapter(kind=self.kind, identity=self.identity, layers=layers)
@@ -251,7 +266,8 @@ def _read(folder: Path, base: Base | None, limits: Limits) -> Checkpoint:
     common = config.shared()
     faults += [f"{SHARED_PREFIX}{name} is missing" for name in common if name not in shared]
     largest = None
-    if base is not None and (sizes := [base.shapes[m] for m in own if m in base.shapes]):
+    known = own | (meant or set())
+    if base is not None and (sizes := [base.shapes[m] for m in known if m in base.shapes]):
         largest = max(out for out, _ in sizes), max(n for _, n in sizes)
     faults += _check(shared, SHARED_PREFIX, common, largest, limits)
     if not params and not faults:

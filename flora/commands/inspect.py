@@ -57,7 +57,7 @@ def command(
 def describe(checkpoint: Any) -> dict[str, Any]:
     """What a checkpoint holds, and what the base must be: its layers, and what is asked of them."""
     probe = Probe(checkpoint.sizes())
-    layers = checkpoint.adapter(probe).layers
+    layers = checkpoint.fill(probe)
     return {
         "kind": checkpoint.kind,
         "config": checkpoint.config.model_dump(exclude_defaults=True),

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -13,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
+import flora
 from flora.adapters import checkpoint as module
 from flora.adapters.checkpoint import (
     CONFIG_FILE,
@@ -29,7 +31,8 @@ from flora.adapters.checkpoint import (
 )
 from flora.adapters.kinds import KINDS, get_kind
 from flora.base import ModelBase
-from flora.errors import FloraError, InvalidAdapterError, UsageError
+from flora.errors import FloraError, InvalidAdapterError, UnknownAdapterError, UsageError
+from tests import zoo
 
 
 class Toy(nn.Module):
@@ -48,6 +51,20 @@ class Toy(nn.Module):
 BASE = ModelBase(Toy())
 
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{kind: (kind, {}) for kind in KINDS},
+    "LORA, dora": ("LORA", {"use_dora": True, "bias": "lora_only"}),
+    "LORA, all biases": ("LORA", {"lora_bias": True, "bias": "all"}),
+    "IA3, inputs": ("IA3", {"feedforward_modules": ["down"]}),
+    "ADALORA, pruned": (
+        "ADALORA",
+        {"bias": "lora_only", "rank_pattern": {"layers.0.up.lora_E": [True, False]}},
+    ),
+    "VERA, drawn": ("VERA", {"save_projection": False}),
+    "VERA, biases": ("VERA", {"bias": "vera_only"}),
+}
+
+
 def made(kind: str, **config: Any) -> Checkpoint:
     """An adapter of the base, away from its start."""
     module = get_kind(kind)
@@ -55,10 +72,25 @@ def made(kind: str, **config: Any) -> Checkpoint:
     rank = {} if field is None else {field: 2}
     typed = module.Config(**{**rank, "target_modules": ["up", "down"], **config})
     generator = torch.Generator().manual_seed(0)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor + torch.randn(tensor.shape, generator=generator)
+
+    biases = {"bias": "none", "lora_bias": False}
+    plain = typed.model_copy(update={n: v for n, v in biases.items() if hasattr(typed, n)})
     params = {}
     for name in ("layers.0.up", "layers.0.down"):
-        start = module.init(typed, name, BASE, generator)
-        params[name] = {n: t + torch.randn(t.shape, generator=generator) for n, t in start.items()}
+        sizes = dict(zip(("out", "in"), BASE.shapes[name], strict=True))
+        start = module.init(plain, name, BASE, generator)
+        for tensor, dims in {**module.shapes(typed, name), **typed.extras()}.items():
+            shape = [sizes.get(dim, dim) for dim in dims]
+            if tensor != "bias" and tensor not in typed.optional:
+                found = start.get(tensor)
+                if found is None or list(found.shape) != shape:
+                    start[tensor] = torch.zeros(shape)
+        params[name] = {n: moved(t) for n, t in start.items()}
+    if "bias" in typed.extras():
+        params["head"] = {"bias": moved(torch.zeros(9))}
     derived = typed.derived(6, 6)
     shared = {name: derived[name] for name in typed.shared()}
     return Checkpoint(kind=kind, config=typed, params=params, shared=shared, base_model="org/base")
@@ -71,11 +103,11 @@ def tensors_of(found: Checkpoint) -> dict[str, Tensor]:
 class Folder:
     """A good adapter's folder, to be broken."""
 
-    def __init__(self, path: Path, kind: str = "FLORA") -> None:
+    def __init__(self, path: Path, kind: str = "FLORA", **config: Any) -> None:
         self.path = path
-        write_checkpoint(path, made(kind))
+        write_checkpoint(path, made(kind, **config))
         self.config = json.loads((path / CONFIG_FILE).read_text())
-        self.tensors = tensors_of(made(kind))
+        self.tensors = tensors_of(made(kind, **config))
 
     def write(self) -> None:
         (self.path / CONFIG_FILE).write_text(json.dumps(self.config))
@@ -103,9 +135,10 @@ UP_A, UP_B = f"{PREFIX}layers.0.up.flora_A", f"{PREFIX}layers.0.up.flora_B"
 
 
 @pytest.mark.parametrize("base", [BASE, None])
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_written_is_read(kind, base, tmp_path):
-    written = made(kind)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_written_is_read(variant, base, tmp_path):
+    kind, config = VARIANTS[variant]
+    written = made(kind, **config)
     write_checkpoint(tmp_path / "deep" / "adapter", written)
     found = read_checkpoint(tmp_path / "deep" / "adapter", base)
     assert found.kind == kind
@@ -419,9 +452,11 @@ def damage(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def outcome(path: Path, base: Any) -> Checkpoint | str:
-    """What was read, or the one line of its refusal."""
+    """What was read and filled, or the one line of its refusal."""
     try:
-        return read_checkpoint(path, base)
+        found = read_checkpoint(path, base)
+        found.adapter(BASE)
+        return found
     except InvalidAdapterError as error:
         refusal = str(error)
     assert "\n" not in refusal
@@ -431,13 +466,16 @@ def outcome(path: Path, base: Any) -> Checkpoint | str:
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pristine")
-    return {kind: Folder(root / kind, kind).path for kind in KINDS}
+    return {
+        variant: Folder(root / str(number), kind, **config).path
+        for number, (variant, (kind, config)) in enumerate(VARIANTS.items())
+    }
 
 
 @given(data=st.data())
 @settings(max_examples=300)
 def test_damaged_bytes_are_refused_or_hold(pristine, data):
-    source = pristine[data.draw(st.sampled_from(sorted(KINDS)))]
+    source = pristine[data.draw(st.sampled_from(sorted(VARIANTS)))]
     target = source.parent / "damaged"
     shutil.copytree(source, target, dirs_exist_ok=True)
     name = data.draw(st.sampled_from([CONFIG_FILE, TENSORS_FILE]))
@@ -445,7 +483,6 @@ def test_damaged_bytes_are_refused_or_hold(pristine, data):
     found = outcome(target, data.draw(st.sampled_from([BASE, None])))
     if isinstance(found, Checkpoint):
         assert all(t.isfinite().all() for t in tensors_of(found).values())
-        found.adapter(BASE)
 
 
 JSON = st.recursive(
@@ -460,18 +497,157 @@ JSON = st.recursive(
 @given(data=st.data())
 @settings(max_examples=200)
 def test_any_config_is_refused_or_holds(pristine, data):
-    kind = data.draw(st.sampled_from(sorted(KINDS)))
-    target = pristine[kind].parent / "configured"
-    shutil.copytree(pristine[kind], target, dirs_exist_ok=True)
-    keys = sorted(get_kind(kind).Config.model_fields)
+    variant = data.draw(st.sampled_from(sorted(VARIANTS)))
+    target = pristine[variant].parent / "configured"
+    shutil.copytree(pristine[variant], target, dirs_exist_ok=True)
+    keys = sorted(get_kind(VARIANTS[variant][0]).Config.model_fields)
     change = data.draw(
         st.dictionaries(st.sampled_from(keys) | st.text(max_size=5), JSON, max_size=3)
     )
     raw = json.loads((target / CONFIG_FILE).read_text()) | change
     (target / CONFIG_FILE).write_text(json.dumps(raw))
+    outcome(target, data.draw(st.sampled_from([BASE, None])))
+
+
+# --- several faults at once
+
+
+Damage = Callable[[dict[str, Tensor], str], str]
+"""Spoils the tensor of a key among all of a folder; a pattern of what has to be said of it."""
+
+
+def renamed(tensors: dict[str, Tensor], key: str) -> str:
+    tensors[f"{key}_"] = tensors.pop(key)
+    return re.escape(f"{f'{key}_'!r}: not a tensor of ")
+
+
+def moved_away(tensors: dict[str, Tensor], key: str) -> str:
+    layer, _, rest = key.removeprefix(PREFIX).partition(".0.")
+    tensors[f"{PREFIX}{layer}.7.{rest}"] = tensors.pop(key)
+    return rf"{layer}\.7\.(up|down): the base model has no such linear layer"
+
+
+def transposed(tensors: dict[str, Tensor], key: str) -> str:
+    tensors[key] = tensors[key].T.contiguous()
+    return said_of(key, f": found shape {list(tensors[key].shape)}, expected ")
+
+
+def not_finite(tensors: dict[str, Tensor], key: str) -> str:
+    tensors[key] = tensors[key].clone()
+    tensors[key].view(-1)[-1] = torch.nan
+    return said_of(key, " holds NaN or Inf")
+
+
+def of_integers(tensors: dict[str, Tensor], key: str) -> str:
+    tensors[key] = tensors[key].to(torch.int32)
+    return said_of(key, ": found torch.int32, expected a float type")
+
+
+def dropped(tensors: dict[str, Tensor], key: str) -> str:
+    del tensors[key]
+    return said_of(key, " is missing")
+
+
+def said_of(key: str, fault: str) -> str:
+    return rf"(?:^|; ){re.escape(key.removeprefix(PREFIX) + fault)}"
+
+
+ANY: list[Damage] = [renamed, not_finite, of_integers]
+
+
+def damages(found: Checkpoint) -> dict[str, list[Damage]]:
+    """Those that have to be noticed of each tensor, by its key."""
+    possible = {f"base_model.{name}": [*ANY, dropped, transposed] for name in found.shared}
+    extras = found.config.extras()
+    for layer, own in found.params.items():
+        shapes = {**get_kind(found.kind).shapes(found.config, layer), **extras}
+        sizes = dict(zip(("out", "in"), BASE.shapes[layer], strict=True))
+        for name, tensor in own.items():
+            known = possible[f"{PREFIX}{layer}.{name}"] = [*ANY]
+            # Biases, and tensors that others may stand for, need not be there.
+            if name not in extras.keys() | found.config.optional:
+                known.append(dropped)
+            if layer != "head":
+                known.append(moved_away)
+            # A size that has a name of its own is whatever the tensor says.
+            expected = [sizes.get(dim, dim) for dim in shapes[name]]
+            turned = zip(expected, reversed(tensor.shape), strict=True)
+            if any(isinstance(size, int) and size != other for size, other in turned):
+                known.append(transposed)
+    return possible
+
+
+@given(data=st.data())
+@settings(max_examples=300)
+def test_each_of_several_damages_is_named(pristine, data):
+    variant = data.draw(st.sampled_from(sorted(VARIANTS)))
+    kind, config = VARIANTS[variant]
+    good = made(kind, **config)
+    tensors = tensors_of(good)
+    possible = damages(good)
+    some = st.lists(st.sampled_from(sorted(possible)), min_size=1, max_size=4, unique=True)
+    keys = data.draw(some)
+    expected = [data.draw(st.sampled_from(possible[key]))(tensors, key) for key in keys]
+    target = pristine[variant].parent / "spoiled"
+    shutil.copytree(pristine[variant], target, dirs_exist_ok=True)
+    save_file(tensors, target / TENSORS_FILE)
+    found = outcome(target, BASE)
+    assert isinstance(found, str)
+    found = found.removeprefix(f"adapter {str(target)!r}: ")
+    assert [pattern for pattern in expected if not re.search(pattern, found)] == []
+
+
+@given(data=st.data())
+@settings(max_examples=100)
+def test_each_wrong_key_of_a_config_is_named(pristine, data):
+    variant = data.draw(st.sampled_from(sorted(VARIANTS)))
+    kind, _ = VARIANTS[variant]
+    target = pristine[variant].parent / "misconfigured"
+    shutil.copytree(pristine[variant], target, dirs_exist_ok=True)
+    fields = sorted(get_kind(kind).Config.model_fields)
+    wrong = data.draw(st.lists(st.sampled_from(fields), unique=True, max_size=3))
+    unknown = data.draw(st.lists(st.sampled_from(["use_magic", "loft", "a b"]), unique=True))
+    raw = json.loads((target / CONFIG_FILE).read_text())
+    raw |= {key: [[None]] for key in wrong} | dict.fromkeys(unknown, 1)
+    (target / CONFIG_FILE).write_text(json.dumps(raw))
+    truncated = data.draw(st.booleans())
+    if truncated:
+        content = (target / TENSORS_FILE).read_bytes()
+        (target / TENSORS_FILE).write_bytes(content[: len(content) // 2])
     found = outcome(target, data.draw(st.sampled_from([BASE, None])))
-    if isinstance(found, Checkpoint):
-        found.adapter(BASE)
+    if not (wrong or unknown or truncated):
+        assert isinstance(found, Checkpoint)
+        return
+    assert isinstance(found, str)
+    assert [key for key in wrong if not re.search(rf"[ ;]{key}(\.[^;]*)? = ", found)] == []
+    assert [key for key in unknown if f"{key!r} = 1 is not supported" not in found] == []
+    assert ("not a safetensors file" in found) == truncated
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not (save|load) vera_A")
+def test_a_refused_folder_leaves_the_host_as_it_was(tmp_path):
+    """Its good adapters give the same bits, and the good one beside the refused is not there."""
+    model = zoo.build("Qwen2")
+    good = {"one": "dora", "two": "vera", "three": "ia3"}
+    for name, case in good.items():
+        zoo.make_adapter(case, model, tmp_path / name)
+    flora.attach(model, {name: tmp_path / name for name in good})
+    inputs = zoo.rows(model, 4)
+    names = [*good, None]
+    expected = model(**inputs, adapter_names=names).logits
+    for number, case in enumerate(zoo.CASES):
+        zoo.make_adapter(case, zoo.build("Qwen2"), tmp_path / case, seed=1)
+        tensors = load_file(tmp_path / case / TENSORS_FILE)
+        key = sorted(tensors)[number % len(tensors)]
+        pattern = [not_finite, of_integers, renamed][number % 3](tensors, key)
+        save_file(tensors, tmp_path / case / TENSORS_FILE)
+        with pytest.raises(InvalidAdapterError) as caught:
+            flora.attach(model, {"four": tmp_path / "one", "one": tmp_path / case})
+        prefix = f"adapter {str(tmp_path / case)!r}: "
+        assert re.search(pattern, str(caught.value).removeprefix(prefix))
+        with pytest.raises(UnknownAdapterError):
+            model(**inputs, adapter_names=["four", *names[1:]])
+        assert torch.equal(model(**inputs, adapter_names=names).logits, expected)
 
 
 # --- writing

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flora.adapters.config import AdapterConfig
+from flora.adapters.config import BlockConfig
 from flora.adapters.targets import by_pattern, shortest_targets, targeted
 
 NAMES = [f"m.layers.{i}.{part}" for i in range(3) for part in ("up", "down", "up_gate")]
@@ -37,7 +37,7 @@ BASE = SimpleNamespace(shapes=dict.fromkeys([*NAMES, "head"], (2, 2)), head="hea
     ],
 )
 def test_targeted(config, expected):
-    assert targeted(AdapterConfig(**config), BASE) == set(expected)
+    assert targeted(BlockConfig(**config), BASE) == set(expected)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_targeted(config, expected):
 )
 def test_shortest_targets_mean_the_same_layers(modules):
     found = shortest_targets(modules, BASE)
-    assert targeted(AdapterConfig(target_modules=found), BASE) == set(modules)
+    assert targeted(BlockConfig(target_modules=found), BASE) == set(modules)
     assert len(found) <= len(modules)
     assert sum(map(len, found)) <= sum(map(len, modules))
 
@@ -61,8 +61,8 @@ def test_by_pattern_is_pefts_rule():
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "layers_pattern"])
 def test_a_pattern_that_is_none_is_refused(key, broken):
     with pytest.raises(ValueError, match=f"(?s){key}.*no regular expression"):
-        AdapterConfig(**{key: broken})
+        BlockConfig(**{key: broken})
 
 
 def test_a_list_of_names_holds_no_patterns():
-    assert AdapterConfig(target_modules=["*"]).target_modules == ["*"]
+    assert BlockConfig(target_modules=["*"]).target_modules == ["*"]

@@ -5,10 +5,10 @@ left; `rank_pattern` holds the mask of those for each layer.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import FiniteFloat, NonNegativeInt
+from pydantic import FiniteFloat, NonNegativeInt, model_validator
 from torch import Tensor
 
 from flora.adapters.config import BiasedConfig, Shape, saved_bias
@@ -43,6 +43,13 @@ class Config(BiasedConfig):
         "total_step",
         "use_rslora",
     }
+
+    @model_validator(mode="after")
+    def _masks_are_of_all_ranks(self) -> Self:
+        masks = self.rank_pattern or {}
+        if wrong := [name for name, mask in masks.items() if len(mask) != self.init_r]:
+            raise ValueError(f"rank_pattern has masks of another length than init_r: {wrong}")
+        return self
 
     def rank(self, module: str) -> int:
         """How many ranks of a layer are left."""

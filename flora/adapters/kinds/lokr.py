@@ -44,7 +44,10 @@ def shapes(config: Config, module: str) -> dict[str, Shape]:
 
 
 def fill(config: Config, module: str, params: Mapping[str, Tensor], base: Layers) -> LayerFactors:
-    """(A1 B1) ⊗ (A2 B2) = (A1 ⊗ A2)(B1 ⊗ B2): as many ranks as the two have, multiplied."""
+    """(A1 B1) ⊗ (A2 B2) = (A1 ⊗ A2)(B1 ⊗ B2): as many ranks as the two have, multiplied.
+
+    Raises InvalidAdapterError where W1 or W2 is missing.
+    """
     up1, down1 = _halves(params, "lokr_w1")
     up2, down2 = _halves(params, "lokr_w2")
     r = by_pattern(config.rank_pattern, module, config.r)
