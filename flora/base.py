@@ -6,6 +6,7 @@ A layer is whatever maps `[..., in]` to `[..., out]` and says its sizes: `nn.Lin
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flora.bank import LayerSpec
+from flora.errors import UsageError
+
+TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The types that products are taken in; a weight of any other is stored only."""
 
 SIZES = (("out_features", "in_features"), ("nf", "nx"), ("outfeatures", "infeatures"))
 """How layers name their sizes: torch's and most others', Conv1D's, older GPTQ layers'."""
 
 COLUMNS = 256
 """Columns of W0 that are looked at together where only its product is known."""
+
+UNIT = 256.0
+"""A power of two that columns are taken at the size of, lest a bias swallow their last bits."""
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int] | None:
@@ -38,7 +46,7 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     if type(module) not in (nn.Linear, Conv1D) or "forward" in vars(module):
         return None
     weight: Tensor = module.weight  # type: ignore[assignment]
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in TYPES:
         return None
     return weight.T if type(module) is Conv1D else weight
 
@@ -82,17 +90,17 @@ class BaseLayer:
 
     def spec(self, model: nn.Module) -> LayerSpec:
         """Its sizes, type and device; the model's where its tensors do not say."""
-        tensor = next(self.module.parameters(), None)
-        if tensor is None:
-            tensor = next(model.parameters())
-        dtype = (
-            tensor.dtype if tensor.is_floating_point() else getattr(model, "dtype", torch.float32)
-        )
+        own = next(self.module.parameters(), None)
+        dtype = torch.float32 if own is None else own.dtype
+        if own is None or dtype not in TYPES:
+            dtype = getattr(model, "dtype", torch.float32)
+        tensors = chain(self.module.parameters(), self.module.buffers(), model.parameters())
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         return LayerSpec(
             out_features=self.out_features,
             in_features=self.in_features,
             dtype=dtype,
-            device=tensor.device,
+            device=device,
         )
 
 
@@ -107,7 +115,15 @@ class ModelBase:
             if sizes_of(module) is not None
         }
         self._norms2: dict[str, Tensor] = {}
-        self.specs = {name: layer.spec(model) for name, layer in self.layers.items()}
+
+    @cached_property
+    def specs(self) -> dict[str, LayerSpec]:
+        """What a bank asks. Raises UsageError where a layer's tensors are not loaded."""
+        specs = {name: layer.spec(self.model) for name, layer in self.layers.items()}
+        for name, spec in specs.items():
+            if spec.device.type == "meta":
+                raise UsageError(f"{name} is on the meta device; load the model's weights first")
+        return specs
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -125,32 +141,38 @@ class ModelBase:
         return None if bias is None else _exact(bias.detach())
 
     def product(self, module: str, x: Tensor) -> Tensor:
-        """W0 x, `[n, out]`, for x `[n, in]`: in x's type where W0 can be read, else as the layer
-        computes it."""
-        layer, spec = self.layers[module], self.specs[module]
-        if (weight := layer.weight) is not None:
+        """W0 x, `[n, out]` in x's type, for x `[n, in]`.
+
+        Where only products are known, from those with the identity: a layer may quantise x as well.
+        """
+        weight = self.layers[module].weight
+        if weight is not None:
             return F.linear(x.to(weight.device), weight.to(x.dtype))
-        return layer.product(x.to(spec.device, spec.dtype)).to(x.dtype)
+        parts = x.to(self.specs[module].device).split(COLUMNS, dim=1)
+        columns = self._columns(module)
+        products = [part @ c.to(x.dtype) for part, c in zip(parts, columns, strict=True)]
+        return torch.stack(products).sum(0)
 
     def row_norm2(self, module: str) -> Tensor:
         """Σ of squares of each row of W0, `[out]`, in at least fp32; looked at once."""
         if module not in self._norms2:
             with torch.no_grad():
-                columns = (_exact(c) for c in self._columns(module))
+                columns = self._columns(module)
                 self._norms2[module] = torch.stack([c.square().sum(0) for c in columns]).sum(0)
         return self._norms2[module]
 
     def _columns(self, module: str) -> Iterator[Tensor]:
-        """W0's columns, `[n, out]`, some at a time."""
-        layer, spec = self.layers[module], self.specs[module]
+        """W0's columns, `[n, out]` in at least fp32, some at a time."""
+        layer = self.layers[module]
         if (weight := layer.weight) is not None:
-            yield from weight.T.split(COLUMNS)
+            yield from map(_exact, weight.T.split(COLUMNS))
             return
+        spec = self.specs[module]
         for first in range(0, spec.in_features, COLUMNS):
             count = min(COLUMNS, spec.in_features - first)
             units = torch.zeros(count, spec.in_features, dtype=spec.dtype, device=spec.device)
-            units[torch.arange(count), torch.arange(first, first + count)] = 1
-            yield layer.product(units)
+            units[torch.arange(count), torch.arange(first, first + count)] = UNIT
+            yield _exact(layer.product(units)) / UNIT
 
 
 def _exact(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import flora
 HEAVY = {
     "accelerate",
     "beartype",
+    "bitsandbytes",
     "fastapi",
     "huggingface_hub",
     "peft",
@@ -18,6 +19,7 @@ HEAVY = {
     "ray",
     "rich",
     "safetensors",
+    "torchao",
     "transformers",
     "triton",
     "typer",

@@ -1,18 +1,24 @@
 """Models of many architectures, and an adapter of each kind as PEFT itself makes and saves it."""
 
 import copy
+import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import flora
-from flora.base import ModelBase
+from flora.adapters.checkpoint import PREFIX, TENSORS_FILE
+from flora.base import ModelBase, sizes_of
 
 VOCABULARY = 97
 TINY: dict[str, Any] = {
@@ -70,15 +76,22 @@ ARCHITECTURES: dict[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def build(architecture: str) -> nn.Module:
-    """A tiny random model, the same at each call, in fp32; its biases are not zero."""
+def build(architecture: str, **other: Any) -> nn.Module:
+    """A tiny random model, the same at each call, in fp32; `other` settings stand over its own.
+
+    Its biases are not zero, and its layers' products as large as what they are added to.
+    """
     name, settings = ARCHITECTURES[architecture]
-    cls = getattr(transformers, name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # GPTBigCode's
+        cls = getattr(transformers, name)
     torch.manual_seed(0)
-    model = cls(cls.config_class(**settings)).eval()
+    model = cls(cls.config_class(**{**settings, **other})).eval()
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
+    for layer in linear_layers(model).values():
+        nn.init.normal_(layer.weight, std=sizes_of(layer)[1] ** -0.5)
     return model.requires_grad_(False)
 
 
@@ -109,18 +122,19 @@ CASES: dict[str, Case] = {
     "vera": Case("VERA", peft.VeraConfig, {"r": 6}),
     "drawn": Case("VERA", peft.VeraConfig, {"r": 5, "save_projection": False}),
     "loha": Case("LOHA", peft.LoHaConfig, {"r": 2}),
+    "lokr": Case("LOKR", peft.LoKrConfig, {"r": 2, "alpha": 3}),
     "dense": Case("LOHA", peft.LoHaConfig, {"r": 7, "alpha": 5}),
 }
 """One of each kind at least, small; `tests/adapters/kinds` has each option of each kind."""
 
 NEAR_ONE = ("flora_", "ia3_")
 LENGTHS = ("magnitude",)
+NO_CONV1D = ("LOHA", "LOKR")
 
 
 def targets(model: nn.Module) -> list[str]:
     """The last parts of the names of all linear layers but the head."""
-    base = ModelBase(model)
-    return sorted({name.rpartition(".")[2] for name in base.shapes if name != base.head})
+    return sorted({name.rpartition(".")[2] for name in linear_layers(model)})
 
 
 def make_adapter(
@@ -129,16 +143,72 @@ def make_adapter(
     """Save an adapter of all linear layers, away from its start, and return PEFT's model of it.
 
     The adapter's numbers are bf16, so that every type sees the same ones. `settings` go into the
-    PEFT config over the case's own.
+    PEFT config over the case's own. For LoHa, whose PEFT takes no Conv1D, it has equal nn.Linear.
     """
     case = CASES[case] if isinstance(case, str) else case
     arguments: dict[str, Any] = {"target_modules": targets(model), **case.settings, **settings}
     if case.kind == "IA3" and "feedforward_modules" not in arguments:
         arguments["feedforward_modules"] = feedforward(model, arguments["target_modules"])
-    adapted = peft.get_peft_model(copy.deepcopy(model), case.make(**arguments))
+    base = copy.deepcopy(model)
+    if case.kind in NO_CONV1D:
+        replace_layers(base, Conv1D, partial(linear_of, dtype=base.dtype))
+    elif "fan_in_fan_out" in inspect.signature(case.make).parameters and any(
+        type(layer) is Conv1D for layer in base.modules()
+    ):
+        arguments.setdefault("fan_in_fan_out", True)
+    adapted = peft.get_peft_model(base, case.make(**arguments))
     randomise(adapted, seed)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
     return adapted.eval().requires_grad_(False)
+
+
+def own_model(name: str, base: nn.Module, folder: Path) -> nn.Module:
+    """A model of one saved adapter without flora's operator, in the base's type.
+
+    For FLoRA its weights are W0 ∘ (Σ_j a_j b_jᵀ) / r; any other is PEFT's own.
+    """
+    base, dtype = copy.deepcopy(base), base.dtype
+    if CASES[name].kind != "FLORA":
+        if CASES[name].kind in NO_CONV1D:
+            replace_layers(base, Conv1D, partial(linear_of, dtype=base.dtype))
+        return peft.PeftModel.from_pretrained(base, folder).to(dtype).eval().requires_grad_(False)
+    tensors = load_file(folder / TENSORS_FILE)
+    for module, layer in ModelBase(base).layers.items():
+        if (a := tensors.get(f"{PREFIX}{module}.flora_A")) is not None:
+            b = tensors[f"{PREFIX}{module}.flora_B"]
+            scale = a.double().T @ b.double() / len(a)
+            weight = layer.module.weight
+            scaled = weight * (scale.T if type(layer.module) is Conv1D else scale)
+            layer.module.weight = nn.Parameter(scaled.to(dtype), requires_grad=False)  # untied
+    return base
+
+
+def linear_of(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    """An nn.Linear for any layer that has a `bias`, from its product with the identity."""
+    (out_features, in_features), bias = sizes_of(layer), layer.bias
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, dtype=dtype)
+    if bias is not None:
+        linear.bias.data = bias.detach().clone()
+        bias.data.zero_()  # no rounding with it
+    linear.weight.data = layer(torch.eye(in_features, dtype=dtype)).detach().T.contiguous()
+    if bias is not None:
+        bias.data.copy_(linear.bias)
+    return linear.requires_grad_(False)
+
+
+def replace_layers(
+    model: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]
+) -> None:
+    """Put another layer in the place of each linear layer of a kind, the head excepted."""
+    for name, layer in linear_layers(model).items():
+        if type(layer) is kind:
+            model.set_submodule(name, make(layer))
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers but the head, by name."""
+    base = ModelBase(model)
+    return {name: layer.module for name, layer in base.layers.items() if name != base.head}
 
 
 def feedforward(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -163,7 +233,7 @@ def randomise(adapted: nn.Module, seed: int) -> None:
         elif any(part in name for part in LENGTHS):
             value = parameter.data.float() * (1 + 0.3 * noise)
         else:
-            value = 0.3 * noise
+            value = (0.15 if prefix == "lora_" else 0.3) * noise
         parameter.data = value.bfloat16().to(parameter.dtype)
 
 

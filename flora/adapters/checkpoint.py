@@ -330,6 +330,10 @@ def _sort(
         name = next((n for n in longest_first if key.endswith(f".{n}")), None)
         if key in common:
             shared[key[len(SHARED_PREFIX) :]] = tensor
+        elif key.endswith(".base_layer.weight") and key.isprintable():
+            faults.append(
+                f"{key!r:.200}: the base's own weight; save with save_embedding_layers=False"
+            )
         elif name is None or not (key.startswith(PREFIX) and key.isprintable()):
             expected = ", ".join([f"{PREFIX}<module>.{'|'.join(names)}", *common])
             faults.append(f"{key!r:.200}: not a tensor of {kind}; expected {expected}")

@@ -189,3 +189,15 @@ def test_the_weights_of_experts(tmp_path):
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {"target_parameters": None}))
     text = refusal_of(model, tmp_path)
     assert "model.layers.0.mlp.experts: the base model has no such linear layer" in text
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_copy_of_the_bases_own_weight(tmp_path):
+    """PEFT saves that of a head that is adapted, unless it is told not to."""
+    model = zoo.build("Llama")
+    adapted = zoo.make_adapter("lora", model, tmp_path, target_modules=["lm_head", "q_proj"])
+    base = ModelBase(model)
+    assert "lm_head" in read_checkpoint(tmp_path, base).adapter(base).layers
+    adapted.save_pretrained(tmp_path)
+    text = refusal_of(model, tmp_path)
+    assert "lm_head.base_layer.weight': the base's own weight; save with" in text
