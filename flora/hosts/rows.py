@@ -22,7 +22,8 @@ RowAdapter = str | None | Sequence[Span]
 class Call:
     """One forward of a batch: the group of each unit, a unit being a row or one of its columns.
 
-    rows, columns: the forward's shape. units: rows, or rows x columns.
+    rows, columns: the forward's shape; no columns where encoder and decoder have their own.
+    units: rows, or rows x columns.
     """
 
     batch: "Batch"
@@ -68,13 +69,17 @@ class Batch:
             self._factors[key] = self.lookup(module, self.names)
         return self._factors[key]
 
+    def take(self, rows: Sequence[int]) -> "Batch":
+        """The batch of these rows, in this order."""
+        spans = tuple(self.spans[row] for row in rows)
+        starts = tuple(self.starts[row] for row in rows)
+        return Batch(self.names, spans, self.lookup, starts, self._factors)
+
     def repeat(self, times: int) -> "Batch":
         """The batch with every row `times` times, as beams and returned sequences are laid."""
         if times == 1:
             return self
-        spans = tuple(row for row in self.spans for _ in range(times))
-        starts = tuple(start for start in self.starts for _ in range(times))
-        return Batch(self.names, spans, self.lookup, starts, self._factors)
+        return self.take([row for row in range(len(self.spans)) for _ in range(times)])
 
     def call(self, rows: int, columns: int, first: int) -> Call:
         """The forward of columns `first` to `first + columns` of all rows.
@@ -99,6 +104,18 @@ class Batch:
 
     def _positions(self) -> Iterator[tuple[tuple[tuple[int, int], ...], int]]:
         return zip(self.spans, self.starts, strict=True)
+
+
+class Generation:
+    """The batches of a `generate` that runs.
+
+    encoder: of what `generate` calls itself, as it does with an encoder.
+    steps:   of a step of the decoder, where rows are repeated for their beams.
+    whole:   of an encoder-decoder model's forward from its input on, which is no step.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.encoder = self.steps = self.whole = batch
 
 
 def make_batch(

@@ -24,7 +24,8 @@ from flora.adapters.core import Adapter
 from flora.bank import AdapterBank
 from flora.base import BaseLayer, ModelBase, plain_weight
 from flora.errors import ShapeError, UsageError
-from flora.hosts.rows import BASE, Batch, Call, RowAdapter, make_batch
+from flora.hosts import whisper
+from flora.hosts.rows import BASE, Batch, Call, Generation, RowAdapter, make_batch
 from flora.ops import get_backend
 from flora.ops.adapted_linear import adapted_linear
 from flora.ops.factors import BatchFactors
@@ -173,8 +174,10 @@ class Host:
         self.call: Call | None = None
         self._running = False
         self._replayed: Call | None = None
-        self._generating: Batch | None = None
+        self._generating: Generation | None = None
         self.base = ModelBase(model)
+        config = getattr(model, "config", None)
+        self._is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self.layers = {
             name: AdaptedLayer(self, name, layer, is_head=name == self.base.head)
             for name, layer in self.base.layers.items()
@@ -203,13 +206,42 @@ class Host:
         raise UsageError("a model with adapters attached cannot be copied; detach it first")
 
     def current_call(self) -> Call | None:
-        """The call whose layer runs: the forward's, or in a backward the one that is replayed."""
-        return self.call if self._running else self._replayed
+        """The call whose layer runs: the forward's, that of an encoder which `generate` calls, or
+        in a backward the one that is replayed."""
+        if self._running:
+            return self.call
+        if self._generating is not None:
+            batch = self._generating.encoder
+            return batch.call(len(batch.spans), 0, 0)
+        return self._replayed
 
     def _batch(
         self, adapters: Sequence[RowAdapter], mask: Tensor | None, columns: int | None
     ) -> Batch:
-        return make_batch(adapters, self.source.__contains__, self.source.factors, mask, columns)
+        """Raises ShapeError for spans in an encoder-decoder model: in which half would they be?"""
+        if self._is_encoder_decoder:
+            mask = columns = None
+        batch = make_batch(adapters, self.source.__contains__, self.source.factors, mask, columns)
+        if self._is_encoder_decoder and batch.by_column:
+            raise ShapeError("a row of an encoder-decoder model has one adapter, and no spans")
+        return batch
+
+    def _shape(self, named: Mapping[str, Any], *names: str) -> tuple[int, int]:
+        """The rows and columns of a call's input, under one of these names or the model's own.
+
+        Raises ShapeError where there is no such tensor.
+        """
+        if self._is_encoder_decoder:
+            main: str = getattr(self.model, "main_input_name", "input_ids")
+            names = (*names, main, "encoder_outputs")
+        for name in names:
+            value = named.get(name)
+            if name == "encoder_outputs" and value is not None and not isinstance(value, Tensor):
+                value = value[0]
+            if isinstance(value, Tensor):
+                # The two halves have columns of their own.
+                return value.shape[0], 0 if self._is_encoder_decoder else value.shape[1]
+        raise ShapeError(f"adapter_names needs the batch as a tensor: {' or '.join(names)}")
 
     def _wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         parameters = list(inspect.signature(forward).parameters)
@@ -238,11 +270,11 @@ class Host:
     ) -> Call | None:
         if adapters is None and self._generating is None:
             return None
-        inputs = _first_tensor(named, ("input_ids", "inputs_embeds"))
-        rows, columns = inputs.shape[:2]
+        rows, columns = self._shape(named, "input_ids", "inputs_embeds")
         past = named.get("past_key_values")
         if adapters is None and self._generating is not None:
-            batch = self._generating
+            step = not self._is_encoder_decoder or named.get("encoder_outputs") is not None
+            batch = self._generating.steps if step else self._generating.whole
         else:
             mask = named.get("attention_mask")
             # Spans count what is cached as well.
@@ -275,35 +307,51 @@ class Host:
             if adapter_names is None:
                 return generate(*args, **kwargs)
             named = dict(zip(parameters, args, strict=False)) | kwargs
-            inputs = _first_tensor(named, ("inputs", "input_ids", "inputs_embeds"))
-            if inputs.shape[0] != len(adapter_names):
+            rows, columns = self._shape(named, "inputs", "input_ids", "inputs_embeds")
+            if rows != len(adapter_names):
                 raise ShapeError(
-                    f"adapter_names has {len(adapter_names)} entries, "
-                    f"the batch {inputs.shape[0]} rows"
+                    f"adapter_names has {len(adapter_names)} entries, the batch {rows} rows"
                 )
             mask = named.get("attention_mask")
-            with self._generate_batch(self._batch(adapter_names, mask, inputs.shape[1])):
+            with self._generate_batch(self._batch(adapter_names, mask, columns)):
                 return generate(*args, **kwargs)
 
         return wrapper
 
     @contextmanager
     def _generate_batch(self, batch: Batch) -> Iterator[None]:
-        """Make a batch that of all forwards, its rows repeated where `generate` repeats them."""
-        expand = self.model._expand_inputs_for_generation
+        """Make a batch that of all forwards, its rows followed where `generate` moves them.
 
-        @wraps(expand)  # type: ignore[arg-type]
+        Raises UsageError where the model has no way of its own to generate.
+        """
+        model: Any = self.model
+        if not hasattr(type(model), "_expand_inputs_for_generation"):
+            raise UsageError(
+                f"{type(model).__name__} leaves `generate` to a model in it, whose rows cannot be "
+                f"followed from outside; attach to that one"
+            )
+        expand = model._expand_inputs_for_generation
+        generation = Generation(batch)
+
+        @wraps(expand)
         def follow(*args: Any, expand_size: int = 1, **kwargs: Any) -> Any:
-            self._generating = batch.repeat(expand_size)
-            return expand(*args, expand_size=expand_size, **kwargs)  # type: ignore[operator]
+            generation.steps = generation.encoder.repeat(expand_size)
+            return expand(*args, expand_size=expand_size, **kwargs)
 
-        self._generating = batch
-        vars(self.model)["_expand_inputs_for_generation"] = follow
+        wrappers: dict[str, Callable[..., Any]] = {"_expand_inputs_for_generation": follow}
+        if hasattr(model, "generate_with_fallback"):
+            wrappers |= whisper.wrappers(model, generation)
+        outer, own = self._generating, vars(model).copy()
+        self._generating = generation
+        vars(model).update(wrappers)
         try:
             yield
         finally:
-            self._generating = None
-            del vars(self.model)["_expand_inputs_for_generation"]
+            for name in wrappers:
+                del vars(model)[name]
+                if name in own:
+                    vars(model)[name] = own[name]
+            self._generating = outer
 
 
 class AdaptedLayer:
@@ -372,7 +420,7 @@ class AdaptedLayer:
                 return tuple(kept), x.reshape(tokens, 1, x.shape[-1])
         raise ShapeError(
             f"{self.name} was given the shape {list(x.shape)}, which says nothing of whose tokens "
-            f"these are in a batch of {call.rows} rows of {call.columns}; leave this layer out"
+            f"these are in a batch of {call.rows} rows; leave this layer out"
         )
 
 
@@ -392,11 +440,3 @@ def _adapted_layer(x: Tensor, layer: int, out_features: int) -> Tensor:  # noqa:
 @partial(torch.library.register_fake, "flora::adapted_layer")
 def _adapted_layer_shape(x: Tensor, layer: int, out_features: int) -> Tensor:  # noqa: ARG001
     return x.new_empty(*x.shape[:-1], out_features)
-
-
-def _first_tensor(named: Mapping[str, Any], names: tuple[str, ...]) -> Tensor:
-    """A model's input among a call's arguments. Raises ShapeError where there is none."""
-    for name in names:
-        if isinstance(tensor := named.get(name), Tensor):
-            return tensor
-    raise ShapeError(f"adapter_names needs the batch as a tensor: {' or '.join(names)}")

@@ -68,13 +68,21 @@ def test_repeated_rows_keep_their_spans_and_their_start():
     assert [made.names[g] for g in made.call(4, 3, 0).units] == expected
 
 
+def test_rows_that_are_taken_keep_their_spans_and_their_start():
+    made = batch(["c", [("a", 1), ("b", 1)], "b"], [[1, 1, 1], [0, 1, 1], [1, 1, 1]]).take(
+        [2, 1, 2]
+    )
+    assert [made.names[g] for g in made.call(3, 3, 0).units] == [*"bbb", *"aab", *"bbb"]
+
+
 def test_a_layers_factors_are_asked_for_once():
     asked: list[object] = []
     made = batch(["a", "b"], asked=asked)
-    repeated = made.repeat(3)
+    repeated, taken = made.repeat(3), made.take([1])
     for _ in range(2):
         made.factors("up")
         repeated.factors("up")
+        taken.factors("up")
         made.factors("down")
     assert asked == [("up", ("a", "b")), ("down", ("a", "b"))]
 
