@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 BACKENDS = {
     "reference": "flora.ops.reference",
     "eager": "flora.ops.eager",
+    "cpu": "flora.ops.cpu",
 }
 
 
@@ -42,11 +43,23 @@ class Backend(Protocol):
 def get_backend(name: str, device: torch.device) -> Backend:
     """The module of a backend; "auto" chooses for the device, once, and says so in the log.
 
-    Raises BackendError for a name that is not in `BACKENDS`.
+    Raises BackendError for a name that is not in `BACKENDS`, or for a backend that cannot run.
     """
     if name == "auto":
-        name = "eager"
-        logger.info("backend for %s: %s", device, name)
+        return _choose(device)
     if name not in BACKENDS:
         raise BackendError(f"there is no backend {name!r}; these are: auto, {', '.join(BACKENDS)}")
     return cast("Backend", import_module(BACKENDS[name]))
+
+
+def _choose(device: torch.device) -> Backend:
+    if device.type == "cpu":
+        try:
+            backend = get_backend("cpu", device)
+        except BackendError as error:
+            logger.warning("backend for %s: eager, which is slower; %s", device, error)
+            return get_backend("eager", device)
+        logger.info("backend for %s: cpu", device)
+        return backend
+    logger.info("backend for %s: eager", device)
+    return get_backend("eager", device)

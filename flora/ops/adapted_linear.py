@@ -53,7 +53,8 @@ def adapted_linear(
         factors.biased,
         tokens=x.shape[1],
         has_weight=weight is not None,
-        grad=torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors.tensors)),
+        grad=torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, weight, bias, *factors.tensors)),
     )
     return get_backend(backend, x.device).apply(x, base, factors, plan, weight, bias)
 

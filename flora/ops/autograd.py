@@ -23,12 +23,10 @@ def take(tensor: Tensor, index: Index) -> Tensor:
     return tensor[index] if isinstance(index, slice) else tensor.index_select(0, index)
 
 
-def add_rows(
-    y: Tensor | None, part: Tensor, rows: Index, count: int, *, own: bool = False
-) -> Tensor:
+def add_rows(y: Tensor | None, part: Tensor, rows: Index, count: int) -> Tensor:
     """Add a part to its rows of y, `[count, N, O]`; a row may stand in the part several times.
 
-    y None stands for zeros. own: whether y may be changed, where no gradient is wanted.
+    y None stands for zeros.
     """
     if rows is None:
         return part if y is None else y + part
@@ -36,8 +34,6 @@ def add_rows(
         y = part.new_zeros(count, *part.shape[1:])
     if isinstance(rows, slice):
         rows = torch.arange(rows.start, rows.stop, device=part.device)
-    if not torch.is_grad_enabled():
-        return y.index_add_(0, rows, part) if own else y.index_add(0, rows, part)
     added: Tensor = AddedRows.apply(y, part, rows)  # type: ignore[no-untyped-call]
     return added
 
@@ -70,7 +66,7 @@ class RecomputedPasses(torch.autograd.Function):
     def forward(
         ctx: Any,
         base: BaseProduct,
-        passes: tuple[tuple[Index, Index, Index], ...],
+        passes: tuple[tuple[Index, Index], ...],
         x_SNI: Tensor,
         in_PI: Tensor,
         out_PO: Tensor,
@@ -78,7 +74,7 @@ class RecomputedPasses(torch.autograd.Function):
         ctx.base, ctx.passes = base, passes
         ctx.save_for_backward(x_SNI, in_PI, out_PO)
         y: Tensor | None = None
-        for rows, pages, _ in passes:
+        for rows, pages in passes:
             part = _pass(base, rows, pages, x_SNI, in_PI, out_PO)
             y = add_rows(y, part, rows, x_SNI.shape[0])
         if y is None:
@@ -91,7 +87,7 @@ class RecomputedPasses(torch.autograd.Function):
         wanted = [i for i in range(3) if ctx.needs_input_grad[2 + i]]
         inputs = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(ctx.saved_tensors)]
         grads: list[Tensor | None] = [None, None, None]
-        for rows, pages, _ in ctx.passes:
+        for rows, pages in ctx.passes:
             with torch.enable_grad():
                 part = _pass(ctx.base, rows, pages, *inputs)
             found = torch.autograd.grad(part, [inputs[i] for i in wanted], take(dy_SNO, rows))

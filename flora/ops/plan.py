@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -35,13 +35,6 @@ class Pass:
     rows: Numbers
     pages: Numbers
 
-    def again(self, count: int) -> Numbers:
-        """The rows of the copies behind those of all `count` rows in order; None if there are none
-        such in front."""
-        if self.rows is None or self.rows[:count] != tuple(range(count)):
-            return None
-        return self.rows[count:]
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -56,9 +49,9 @@ class Segment:
 
 
 class OnDevice(NamedTuple):
-    """A plan's indices as a device wants them; fields as in `Plan`, a pass with its `again`."""
+    """A plan's indices as a device wants them; fields as in `Plan`."""
 
-    passes: tuple[tuple[Index, Index, Index], ...]
+    passes: tuple[tuple[Index, Index], ...]
     weight_side: tuple[tuple[Index, Index], ...]
     additive: tuple[tuple[int, Index, Index], ...]
     bias: Index
@@ -69,6 +62,7 @@ class Plan:
     """What `make_plan` found.
 
     rows:        the group of each row.
+    grad:        whether a backward may follow.
     passes:      the activation side; several of them add up.
     recompute:   whether the backward takes the passes again, and so nothing of their size is kept.
     weight_side: groups whose W0 is modulated.
@@ -78,6 +72,7 @@ class Plan:
     """
 
     rows: tuple[int, ...]
+    grad: bool
     passes: tuple[Pass, ...]
     recompute: bool
     weight_side: tuple[Segment, ...]
@@ -85,28 +80,11 @@ class Plan:
     bias: Numbers
     _on: dict[torch.device, OnDevice] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def only_scales(self) -> bool:
-        """Whether each row goes through W0 once, scaled, and that is all."""
-        return (
-            len(self.passes) == 1
-            and self.passes[0].rows is None
-            and self.passes[0].pages is not None
-            and not (self.weight_side or self.additive or self.bias)
-        )
-
     def on(self, device: torch.device) -> OnDevice:
         """The indices on a device, made once."""
         if device not in self._on:
             self._on[device] = OnDevice(
-                tuple(
-                    (
-                        _index(p.rows, device),
-                        _index(p.pages, device),
-                        _index(p.again(len(self.rows)), device),
-                    )
-                    for p in self.passes
-                ),
+                tuple((_index(p.rows, device), _index(p.pages, device)) for p in self.passes),
                 tuple((_index(s.rows, device), _index(s.pages, device)) for s in self.weight_side),
                 tuple(
                     (s.rank, _index(s.rows, device), _index(s.pages, device)) for s in self.additive
@@ -154,6 +132,7 @@ def make_plan(
     recompute = grad and deepest > 1
     return Plan(
         rows=rows,
+        grad=grad,
         passes=_passes(rows, active, pairs, one_by_one=recompute),
         recompute=recompute,
         weight_side=tuple(
@@ -223,7 +202,7 @@ def _bias(rows: tuple[int, ...], biased: Sequence[bool]) -> Numbers:
 
 
 def _starts(counts: Sequence[int]) -> list[int]:
-    return [0, *accumulate(counts)]
+    return list(accumulate(counts, initial=0))
 
 
 def _all_or(members: tuple[int, ...], count: int) -> Numbers:

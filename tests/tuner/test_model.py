@@ -138,6 +138,7 @@ def test_what_is_printed(capsys):
 
 
 @pytest.mark.parametrize("share_input", [False, True])
+@torch.no_grad()
 def test_save_and_load_bit_for_bit(tmp_path, share_input):
     model = adapt(llama(), share_input=share_input, rank_pattern={"down_proj": 1})
     expected = model(IDS).logits
@@ -159,6 +160,7 @@ def test_save_and_load_bit_for_bit(tmp_path, share_input):
     assert all(layer.flora_B["default"].requires_grad for layer in layers(trainable).values())
 
 
+@torch.no_grad()
 def test_auto_model_and_pickled_bf16_base(tmp_path):
     llama(torch.bfloat16).save_pretrained(tmp_path / "base")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
@@ -191,6 +193,7 @@ def test_our_reader_reads_what_peft_writes(tmp_path):
             assert torch.equal(factors.hadamard_in, own.hadamard_in)
 
 
+@torch.no_grad()
 def test_peft_reads_what_our_writer_writes(tmp_path):
     model = adapt(llama())
     params = {
@@ -274,6 +277,7 @@ def several(dtype=torch.float64):
     return model.eval()
 
 
+@torch.no_grad()
 def test_several_adapters_one_after_the_other(tmp_path):
     model = several(torch.float32)
     logits = {}
