@@ -207,9 +207,12 @@ def test_the_page_of_the_structure_has_each_module():
     assert [path.name for path in modules if path.name not in text] == []
 
 
-def test_the_readme_quotes_what_was_measured():
-    records = json.loads((ROOT / "docs/results/demo.json").read_text())
-    rows = [line.split("|")[2:4] for line in (ROOT / "README.md").read_text().splitlines()]
+@pytest.mark.parametrize(
+    ("page", "results"), [("README.md", "demo.json"), ("docs/bench.md", "generate.json")]
+)
+def test_a_page_quotes_what_was_measured(page, results):
+    records = json.loads((ROOT / "docs/results" / results).read_text())
+    rows = [line.split("|")[2:4] for line in (ROOT / page).read_text().splitlines()]
     quoted = [[cell.strip() for cell in row] for row in rows]
     for record in records:
         if "tokens_per_second" in record:

@@ -91,7 +91,7 @@ def _generates(
             prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=load.new_tokens,
-            min_new_tokens=load.new_tokens,
+            eos_token_id=None,  # no row ends early
             do_sample=False,
             pad_token_id=0,
             **settings,
