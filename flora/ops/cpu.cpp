@@ -89,7 +89,8 @@ inline float total(const Step& step) {
 }
 
 template <typename T>
-void expand_token(const T* x, const float* pages, const Row& row, T* out, int64_t stride, int64_t I) {
+void expand_token(const T* x, const float* pages, const Row& row, T* out, int64_t stride,
+                  int64_t I) {
   for (int64_t copy = 0; copy < row.copies; ++copy, out += stride) {
     if (row.first_page < 0) {
       std::copy_n(x, I, out);
@@ -203,7 +204,9 @@ const T* pointer(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
 }
 
-int64_t grain(int64_t numbers) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, numbers)); }
+int64_t grain(int64_t numbers) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, numbers));
+}
 
 // [S, N, I] -> [T, N, I]: each row's copies, each scaled by its page.
 Tensor expand(const Tensor& x_, const Tensor& pages, const Tensor& rows, int64_t copies) {
@@ -264,7 +267,8 @@ Tensor contract(const Tensor& product_, const Tensor& x_, const Tensor& rows,
 }
 
 // W0 ∘ (Σ_j a_j b_jᵀ), rounded once to W0's type.
-void modulate_into(Tensor& to, const Tensor& weight, const float* in, const float* out, int64_t pages) {
+void modulate_into(Tensor& to, const Tensor& weight, const float* in, const float* out,
+                   int64_t pages) {
   const int64_t O = weight.size(0), I = weight.size(1), blocks = (O + kTokens - 1) / kTokens;
   dispatch(weight.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -308,7 +312,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& rows, int64_t
               const std::optional<Tensor>& out_pages, const std::optional<Tensor>& down,
               const std::optional<Tensor>& up, const std::optional<Tensor>& biases,
               const std::optional<Tensor>& bias) {
-  const Tensor scaled = in_pages ? expand(x, *in_pages, rows, copies) : x;
+  Tensor scaled = in_pages ? expand(x, *in_pages, rows, copies) : x;
   if (!segments) {
     return contract(product_of(scaled, weight), x, rows, out_pages, down, up, biases, bias);
   }
@@ -318,7 +322,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& rows, int64_t
   Tensor modulated = torch::stable::empty_like(plain);
   auto multiply = [&](int64_t first, int64_t count, const Tensor& by) {
     Tensor part = torch::stable::narrow(product, 0, first, count);
-    torch::stable::copy_(part, product_of(torch::stable::narrow(const_cast<Tensor&>(scaled), 0, first, count), by));
+    torch::stable::copy_(part, product_of(torch::stable::narrow(scaled, 0, first, count), by));
   };
   const Segment* table = static_cast<const Segment*>(segments->data_ptr());
   if (table[0].first_copy) multiply(0, table[0].first_copy, weight);
