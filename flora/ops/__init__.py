@@ -53,13 +53,11 @@ def get_backend(name: str, device: torch.device) -> Backend:
 
 
 def _choose(device: torch.device) -> Backend:
-    if device.type == "cpu":
-        try:
-            backend = get_backend("cpu", device)
-        except BackendError as error:
-            logger.warning("backend for %s: eager, which is slower; %s", device, error)
-            return get_backend("eager", device)
-        logger.info("backend for %s: cpu", device)
-        return backend
-    logger.info("backend for %s: eager", device)
-    return get_backend("eager", device)
+    name = "cpu" if device.type == "cpu" else "eager"
+    try:
+        backend = get_backend(name, device)
+    except BackendError as error:
+        logger.warning("backend for %s: eager, which is slower; %s", device, error)
+        return get_backend("eager", device)
+    logger.info("backend for %s: %s", device, name)
+    return backend

@@ -267,8 +267,8 @@ Tensor contract(const Tensor& product_, const Tensor& x_, const Tensor& rows,
 }
 
 // W0 ∘ (Σ_j a_j b_jᵀ), rounded once to W0's type.
-void modulate_into(Tensor& to, const Tensor& weight, const float* in, const float* out,
-                   int64_t pages) {
+void modulate(Tensor& to, const Tensor& weight, const float* in, const float* out,
+              int64_t pages) {
   const int64_t O = weight.size(0), I = weight.size(1), blocks = (O + kTokens - 1) / kTokens;
   dispatch(weight.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -285,14 +285,6 @@ void modulate_into(Tensor& to, const Tensor& weight, const float* in, const floa
       }
     });
   });
-}
-
-Tensor modulate(const Tensor& weight_, const Tensor& in, const Tensor& out) {
-  const Tensor weight = torch::stable::contiguous(weight_);
-  Tensor to = torch::stable::empty_like(weight);
-  modulate_into(to, weight, static_cast<const float*>(in.data_ptr()),
-                static_cast<const float*>(out.data_ptr()), in.size(0));
-  return to;
 }
 
 // x Wᵀ, by the product that the layer itself takes.
@@ -328,8 +320,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& rows, int64_t
   if (table[0].first_copy) multiply(0, table[0].first_copy, weight);
   for (int64_t s = 0; s < segments->size(0); ++s) {
     const Segment& segment = table[s];
-    modulate_into(modulated, plain, pointer<float>(in_pages) + segment.first_page * I,
-                  pointer<float>(out_pages) + segment.first_page * O, segment.pages);
+    modulate(modulated, plain, pointer<float>(in_pages) + segment.first_page * I,
+             pointer<float>(out_pages) + segment.first_page * O, segment.pages);
     multiply(segment.first_copy, segment.copies, modulated);
   }
   return contract(product, x, rows, out_pages, down, up, biases, bias);
@@ -342,7 +334,6 @@ STABLE_TORCH_LIBRARY(flora_cpu, m) {
   m.def(
       "contract(Tensor product, Tensor x, Tensor rows, Tensor? out_pages, Tensor? down, Tensor? up, "
       "Tensor? biases, Tensor? bias) -> Tensor");
-  m.def("modulate(Tensor weight, Tensor in_pages, Tensor out_pages) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor rows, int copies, Tensor? segments, Tensor? in_pages, "
       "Tensor? out_pages, Tensor? down, Tensor? up, Tensor? biases, Tensor? bias) -> Tensor");
@@ -351,6 +342,5 @@ STABLE_TORCH_LIBRARY(flora_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(flora_cpu, CPU, m) {
   m.impl("expand", TORCH_BOX(&expand));
   m.impl("contract", TORCH_BOX(&contract));
-  m.impl("modulate", TORCH_BOX(&modulate));
   m.impl("linear", TORCH_BOX(&linear));
 }

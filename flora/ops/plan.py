@@ -126,7 +126,7 @@ def make_plan(
         for group, members in rows_of.items()
         if has_weight and (pairs[group] - 1) * len(members) * tokens > MODULATION_TOKENS
     }
-    first_page = _starts(pairs)
+    first_page = starts(pairs)
     active = [row for row, group in enumerate(rows) if group not in modulated]
     deepest = max((pairs[rows[row]] for row in active), default=0)
     recompute = grad and deepest > 1
@@ -161,7 +161,7 @@ def _passes(
     depth = max(pairs[rows[row]] for row in active)
     if depth == 0:
         return (Pass(_all_or(tuple(active), len(rows)), None),)
-    first_page, ones = _starts(pairs), sum(pairs)
+    first_page, ones = starts(pairs), sum(pairs)
     copies = [
         [(row, first_page[rows[row]] + j) for row in active if j < pairs[rows[row]]]
         for j in range(depth)
@@ -179,7 +179,7 @@ def _passes(
 
 
 def _additive(rows: tuple[int, ...], ranks: Sequence[int]) -> tuple[Segment, ...]:
-    first_page = _starts(ranks)
+    first_page = starts(ranks)
     by_rank: dict[int, list[int]] = {}
     for row, group in enumerate(rows):
         if ranks[group]:
@@ -197,11 +197,12 @@ def _additive(rows: tuple[int, ...], ranks: Sequence[int]) -> tuple[Segment, ...
 def _bias(rows: tuple[int, ...], biased: Sequence[bool]) -> Numbers:
     if not any(biased[group] for group in rows):
         return None
-    page, own = _starts(biased), sum(biased)
+    page, own = starts(biased), sum(biased)
     return tuple(page[group] if biased[group] else own for group in rows)
 
 
-def _starts(counts: Sequence[int]) -> list[int]:
+def starts(counts: Sequence[int]) -> list[int]:
+    """Where each group's pages begin, and behind them the end."""
     return list(accumulate(counts, initial=0))
 
 

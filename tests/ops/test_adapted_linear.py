@@ -329,6 +329,29 @@ def test_hadamard_factors_are_not_rounded_to_the_activations_type(weight):
     assert (apply([0.5, 0.5], [fine, fine], x, w) == 2).all()
 
 
+@pytest.mark.parametrize("backend", JUDGED)
+@pytest.mark.parametrize("far", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_scaled_product_in_16_bits_without_gradients(backend, far, bias):
+    """As a decode step has it, for factors near 1, around 0 and beyond 2."""
+    layer = make_layer(
+        [{"pairs": 1}] * 4 + [None], [3, 0, 4, 1, 2, 0], dtype=torch.bfloat16, bias=bias
+    )
+    for group in layer.groups:
+        if group is not None:
+            for part in (group.hadamard_in, group.hadamard_out):
+                part.sub_(1).mul_(far / 0.3).add_(1)
+    truth = evaluate(layer, definition, torch.float64)["y"]
+    with torch.no_grad():
+        found = operator(backend, weight=True)(layer)
+        assert_no_worse(found, plain(layer), truth)
+        if bias:
+            layer.bias = layer.bias.float()
+            assert operator(backend, weight=True)(layer).dtype == torch.bfloat16
+        if not (far or bias):
+            assert torch.equal(found, F.linear(layer.x, layer.weight))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_base_rows_beside_the_weight_side(dtype):
     check(make_layer([None, {"pairs": 4}], [0, 1, 0], tokens=200, dtype=dtype), weight=True)
