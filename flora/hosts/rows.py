@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flora.errors import ShapeError, UnknownAdapterError
+from flora.ops import Linear
 from flora.ops.factors import BatchFactors
 
 BASE = "__base__"
@@ -18,18 +20,28 @@ RowAdapter = str | None | Sequence[Span]
 """A row's adapter: a name, or (name, tokens) spans of which the last goes on."""
 
 
+class PreparedLayer(NamedTuple):
+    """A layer without gradients, as a function of inputs of one shape and type."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    linear: Linear
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One forward of a batch: the group of each unit, a unit being a row or one of its columns.
 
     rows, columns: the forward's shape; no columns where encoder and decoder have their own.
     units: rows, or rows x columns.
+    prepared: layers by their handle, kept for the next forward of the same shape.
     """
 
     batch: "Batch"
     rows: int
     columns: int
     units: tuple[int, ...]
+    prepared: dict[int, PreparedLayer] = field(default_factory=dict)
 
     @property
     def by_column(self) -> bool:

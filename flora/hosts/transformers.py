@@ -25,9 +25,9 @@ from flora.bank import AdapterBank
 from flora.base import BaseLayer, ModelBase, plain_weight
 from flora.errors import ShapeError, UsageError
 from flora.hosts import whisper
-from flora.hosts.rows import BASE, Batch, Call, Generation, RowAdapter, make_batch
+from flora.hosts.rows import BASE, Batch, Call, Generation, PreparedLayer, RowAdapter, make_batch
 from flora.ops import get_backend
-from flora.ops.adapted_linear import adapted_linear
+from flora.ops.adapted_linear import prepare
 from flora.ops.factors import BatchFactors
 from flora.store import fetch
 
@@ -172,7 +172,7 @@ class Host:
     def __init__(self, model: nn.Module, source: FactorSource, backend: str) -> None:
         self.model, self.source, self.backend = model, source, backend
         self.call: Call | None = None
-        self._running = False
+        self.running = False
         self._replayed: Call | None = None
         self._generating: Generation | None = None
         self.base = ModelBase(model)
@@ -208,7 +208,7 @@ class Host:
     def current_call(self) -> Call | None:
         """The call whose layer runs: the forward's, that of an encoder which `generate` calls, or
         in a backward the one that is replayed."""
-        if self._running:
+        if self.running:
             return self.call
         if self._generating is not None:
             batch = self._generating.encoder
@@ -252,16 +252,16 @@ class Host:
         def wrapper(
             *args: Any, adapter_names: Sequence[RowAdapter] | None = None, **kwargs: Any
         ) -> Any:
-            before = self.call, self._running
+            before = self.call, self.running
             named = dict(zip(parameters, args, strict=False)) | kwargs
-            self.call, self._running = self._next_call(adapter_names, named), True
+            self.call, self.running = self._next_call(adapter_names, named), True
             try:
                 output = forward(*args, **kwargs)
                 if torch.is_grad_enabled():
                     self._replay_in_backward(output, self.call)
                 return output
             finally:
-                self.call, self._running = before
+                self.call, self.running = before
 
         return wrapper
 
@@ -359,16 +359,30 @@ class AdaptedLayer:
 
     def __init__(self, host: Host, name: str, base: BaseLayer, *, is_head: bool) -> None:
         self.host, self.name, self.base, self.is_head = host, name, base, is_head
+        self.device_type = host.base.specs[name].device.type
         self.handle = next(_handles)
         _layers[self.handle] = self
 
     def __call__(self, x: Tensor) -> Tensor:
-        call = self.host.current_call()
-        factors = None if call is None else call.batch.factors(self.name)
-        if call is None or factors is None:
+        host = self.host  # a step of decoding comes here some hundred times, and feels each call
+        call = host.call if host.running else host.current_call()
+        if call is None:
             return self.base.forward(x)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.device_type):
+            return self._prepare(x, call)(x)
+        prepared = call.prepared.get(self.handle)
+        if prepared is None or prepared.shape != x.shape or prepared.dtype is not x.dtype:
+            prepared = PreparedLayer(x.shape, x.dtype, self._prepare(x, call))
+            call.prepared[self.handle] = prepared
+        return prepared.linear(x)
+
+    def _prepare(self, x: Tensor, call: Call) -> Callable[[Tensor], Tensor]:
+        """The layer as a function of x, for every x of this shape and type in this call."""
+        factors = call.batch.factors(self.name)
+        if factors is None:
+            return self.base.forward
         units, x_SNI = self._units(x, call)
-        y = adapted_linear(
+        linear = prepare(
             x_SNI,
             self.base.product,
             factors,
@@ -377,7 +391,10 @@ class AdaptedLayer:
             weight=self.base.weight,
             backend=self.host.backend,
         )
-        return y if x_SNI is x else y.reshape(*x.shape[:-1], y.shape[-1])
+        if x_SNI is x:
+            return linear
+        inner, outer = x_SNI.shape, x.shape[:-1]
+        return lambda x: linear(x.reshape(inner)).reshape(*outer, -1)
 
     def wrapper(self) -> Callable[[Tensor], Tensor]:
         """The forward to set on the module; under compilation one opaque operator."""

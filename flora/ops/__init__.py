@@ -5,6 +5,8 @@ pairs of all groups), R additive pages (the ranks of all groups), I in, O out.
 """
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import Protocol, cast
@@ -25,18 +27,26 @@ BACKENDS = {
 }
 
 
-class Backend(Protocol):
-    """What the module of a backend holds: the operator, differentiable in x and the factors."""
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """What the operator has beside x; `adapted_linear` says what each is."""
 
-    def apply(
-        self,
-        x_SNI: Tensor,
-        base: BaseProduct,
-        factors: BatchFactors,
-        plan: Plan,
-        weight_OI: Tensor | None,
-        bias_O: Tensor | None,
-    ) -> Tensor: ...
+    base: BaseProduct
+    factors: BatchFactors
+    plan: Plan
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+Linear = Callable[[Tensor], Tensor]
+"""An adapted layer: `[S, N, in]` to `[S, N, out]`."""
+
+
+class Backend(Protocol):
+    """What the module of a backend holds."""
+
+    def prepare(self, x_SNI: Tensor, operands: Operands) -> Linear:
+        """The operator for every x like this one; differentiable in x and the factors."""
 
 
 @cache

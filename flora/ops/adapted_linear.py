@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flora.errors import ShapeError
-from flora.ops import get_backend
+from flora.ops import Linear, Operands, get_backend
 from flora.ops.factors import BaseProduct, BatchFactors
 from flora.ops.plan import make_plan
 
@@ -36,15 +36,38 @@ def adapted_linear(
     in x and the factors, not in W0. Under autocast x and W0 are cast as `F.linear` casts them, and
     all else is as for that type. Raises ShapeError where sizes do not fit, BackendError.
     """
+    linear = prepare(x, base, factors, rows, bias=bias, weight=weight, backend=backend)
+    return linear(x)
+
+
+def prepare(
+    x: Float[Tensor, "S N I"],
+    base: BaseProduct,
+    factors: BatchFactors,
+    rows: Sequence[int],
+    *,
+    bias: Float[Tensor, " O"] | None = None,
+    weight: Float[Tensor, "O I"] | None = None,
+    backend: str = "auto",
+) -> Linear:
+    """`adapted_linear` as a function of x, good for every x like this one.
+
+    That is of its shape, type and device, with gradients (and autocast) on or off as they are now.
+    What can be checked and planned once is not done again at each step of a generation.
+    """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return _without_autocast(x, base, factors, rows, bias, weight, backend)
+        return lambda x: _without_autocast(x, base, factors, rows, bias, weight, backend)
     rows = tuple(rows)
     if x.ndim != 3 or x.shape[0] != len(rows):
         raise ShapeError(f"{len(rows)} rows named, but x has the shape {list(x.shape)}")
     for part in (factors.hadamard_in, factors.down):
         if part is not None and part.shape[1] != x.shape[2]:
             raise ShapeError(f"the factors are for {part.shape[1]} inputs, but x has {x.shape[2]}")
+    if weight is not None and factors.out_features not in (None, weight.shape[0]):
+        raise ShapeError(
+            f"the factors are for {factors.out_features} outputs, but W0 has {weight.shape[0]}"
+        )
 
     plan = make_plan(
         rows,
@@ -56,7 +79,8 @@ def adapted_linear(
         grad=torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (x, weight, bias, *factors.tensors)),
     )
-    return get_backend(backend, x.device).apply(x, base, factors, plan, weight, bias)
+    operands = Operands(base, factors, plan, weight, bias)
+    return get_backend(backend, x.device).prepare(x, operands)
 
 
 def _without_autocast(

@@ -1,7 +1,9 @@
 """The C++ kernels: found where the wheel has them, built where a compiler is."""
 
 import logging
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -20,7 +22,7 @@ FLAGS = {
 
 
 def library(capability: str) -> str:
-    """The name of the library that holds the kernels in one of `FLAGS`."""
+    """The name of the module that holds the kernels in one of `FLAGS`."""
     return f"_cpu_{capability.lower()}"
 
 
@@ -30,31 +32,36 @@ def flags(capability: str) -> list[str]:
     return ["-O3", *macros, *FLAGS[capability]]
 
 
-def load_kernels() -> None:
-    """Register the operators of `cpu.cpp` as `torch.ops.flora_cpu`, in this machine's instructions.
+def load_kernels() -> ModuleType:
+    """The functions of `cpu.cpp`, in this machine's instructions.
 
     Raises BackendError, with the reason, where there are none and none can be built.
     """
     found = torch.backends.cpu.get_cpu_capability()
     capability = found if found in FLAGS else "DEFAULT"
-    built = SOURCE.with_name(f"{library(capability)}.so")
+    name = library(capability)
+    built = SOURCE.with_name(f"{name}.so")
     if built.exists():
         try:
-            torch.ops.load_library(built)
-        except OSError as error:  # built for another torch
+            return _load(name, built)
+        except ImportError as error:  # built for another torch
             logger.warning("%s does not load, and is built anew: %s", built.name, error)
-        else:
-            return
     try:
         from torch.utils import cpp_extension
 
         logger.info("building the CPU kernels for %s", capability)
-        cpp_extension.load(
-            name=f"flora{library(capability)}",
-            sources=[str(SOURCE)],
-            extra_cflags=flags(capability),
-            is_python_module=False,
+        return cpp_extension.load(  # type: ignore[no-any-return]
+            name=name, sources=[str(SOURCE)], extra_cflags=flags(capability)
         )
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise BackendError(f"the CPU kernels cannot be built: {reason}") from error
+
+
+def _load(name: str, path: Path) -> ModuleType:
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no module")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,25 +1,24 @@
 // The operator's own work around W0's product on a CPU: scale, sum, add, modulate.
 //
-// Lanes are ATen's vectors, whose instructions the build chooses (DEFAULT, AVX2, AVX512); tensors
-// and threads go through torch's stable ABI. Sums are taken in fp32 and rounded once. Shapes as in
-// `ops/__init__.py`; T counts the copies of all rows, C those of one.
+// Lanes are ATen's vectors, whose instructions the build chooses (DEFAULT, AVX2, AVX512); threads are
+// torch's, through its stable ABI. Sums are taken in fp32 and rounded once. Shapes as in
+// `ops/__init__.py`; T counts the copies of all rows.
+
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
 
 #include <ATen/cpu/vec/functional.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
-#include <optional>
+#include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
 namespace {
 
 using at::vec::Vectorized;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Lanes = Vectorized<float>;
 
 constexpr int64_t kLanes = Lanes::size();
@@ -35,11 +34,6 @@ struct Row {
   int32_t first_rank;  // additive pages
   int32_t rank;
   int32_t bias;  // page; -1: the layer's own
-};
-
-// Copies of one group, that go through W0 modulated by its pages.
-struct Segment {
-  int32_t first_copy, copies, first_page, pages;
 };
 
 struct Step {
@@ -189,158 +183,149 @@ void modulate_rows(const T* weight, const float* in, const float* out, T* to, in
   });
 }
 
+// What is the same at every step: `Job` in cpu.py fills it, and keeps alive what it points to.
+struct Job {
+  const Row* rows;
+  const float *in_pages, *out_pages;  // null: no row is scaled
+  const void *down, *up, *biases;
+  int64_t S, N, I, O;
+  int64_t dtype;  // of x and of all that has no type here: an index into `DTYPES`
+};
+
+// `numbers`: how many each of the `count` parts of the work takes.
 template <typename Body>
-void dispatch(ScalarType type, const Body& body) {
-  switch (type) {
-    case ScalarType::Float: return body(float{});
-    case ScalarType::BFloat16: return body(at::BFloat16{});
-    case ScalarType::Half: return body(at::Half{});
-    default: STD_TORCH_CHECK(false, "the CPU kernels take float32, bfloat16 and float16");
+void parallel_for(int64_t count, int64_t numbers, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, numbers));
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+template <typename Body>
+void dispatch(int64_t dtype, const Body& body) {
+  switch (dtype) {
+    case 0: return body(float{});
+    case 1: return body(at::BFloat16{});
+    default: return body(at::Half{});
   }
 }
 
-template <typename T>
-const T* pointer(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
-}
-
-int64_t grain(int64_t numbers) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, numbers));
-}
-
-// [S, N, I] -> [T, N, I]: each row's copies, each scaled by its page.
-Tensor expand(const Tensor& x_, const Tensor& pages, const Tensor& rows, int64_t copies) {
-  const Tensor x = torch::stable::contiguous(x_);
-  const int64_t S = x.size(0), N = x.size(1), I = x.size(2);
-  Tensor out = torch::stable::new_empty(x, {copies, N, I});
-  const Row* table = static_cast<const Row*>(rows.data_ptr());
-  const float* b = static_cast<const float*>(pages.data_ptr());
-  dispatch(x.scalar_type(), [&](auto zero) {
+// x [S, N, I] -> to [T, N, I]: each row's copies, each scaled by its page.
+void expand(const Job& job, const void* x, void* to) {
+  dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const T* from = static_cast<const T*>(x.data_ptr());
-    T* to = static_cast<T*>(out.data_ptr());
-    torch::stable::parallel_for(0, S * N, grain(I), [&](int64_t begin, int64_t end) {
+    const int64_t N = job.N, I = job.I;
+    parallel_for(job.S * N, I, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
-        const Row& row = table[token / N];
-        expand_token(from + token * I, b, row, to + (row.first_copy * N + token % N) * I, N * I, I);
+        const Row& row = job.rows[token / N];
+        T* copies = static_cast<T*>(to) + (row.first_copy * N + token % N) * I;
+        expand_token(static_cast<const T*>(x) + token * I, job.in_pages, row, copies, N * I, I);
       }
     });
   });
-  return out;
 }
 
-// [T, N, O] -> [S, N, O]: each row's copies scaled and summed, with its additive part and bias.
-Tensor contract(const Tensor& product_, const Tensor& x_, const Tensor& rows,
-                const std::optional<Tensor>& out_pages, const std::optional<Tensor>& down,
-                const std::optional<Tensor>& up, const std::optional<Tensor>& biases,
-                const std::optional<Tensor>& bias) {
-  const Tensor x = torch::stable::contiguous(x_), product = torch::stable::contiguous(product_);
-  const int64_t S = x.size(0), N = x.size(1), I = x.size(2), O = product.size(2);
-  Tensor y = torch::stable::new_empty(product, {S, N, O});
-  const Row* table = static_cast<const Row*>(rows.data_ptr());
-  dispatch(x.scalar_type(), [&](auto zero) {
+// product [T, N, O] -> to [S, N, O]: each row's copies scaled and summed, with its additive part and
+// bias. `to` may be the product where each row has one copy, in its own place.
+void contract(const Job& job, const void* product, const void* x, const void* bias, void* to) {
+  dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Contraction<T> job{static_cast<const T*>(product.data_ptr()),
-                             static_cast<const T*>(x.data_ptr()),
-                             pointer<T>(down),
-                             pointer<T>(up),
-                             pointer<T>(biases),
-                             pointer<T>(bias),
-                             pointer<float>(out_pages),
-                             static_cast<T*>(y.data_ptr()),
-                             N,
-                             I,
-                             O};
-    const int64_t blocks = (N + kTokens - 1) / kTokens;
-    torch::stable::parallel_for(0, S * blocks, grain(I + O), [&](int64_t begin, int64_t end) {
+    const auto typed = [](const void* pointer) { return static_cast<const T*>(pointer); };
+    const Contraction<T> part{typed(product),    typed(x),      typed(job.down),
+                              typed(job.up),     typed(job.biases), typed(bias),
+                              job.out_pages,     static_cast<T*>(to), job.N, job.I, job.O};
+    const int64_t N = job.N, blocks = (N + kTokens - 1) / kTokens;
+    parallel_for(job.S * blocks, job.I + job.O, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
+        const Row& row = job.rows[block / blocks];
         const int64_t s = block / blocks, first = block % blocks * kTokens;
         if (first + kTokens <= N) {
-          job.template run<kTokens>(table[s], s, first);
+          part.template run<kTokens>(row, s, first);
         } else {
-          for (int64_t token = first; token < N; ++token) job.template run<1>(table[s], s, token);
+          for (int64_t token = first; token < N; ++token) part.template run<1>(row, s, token);
         }
       }
     });
   });
-  return y;
 }
 
 // W0 ∘ (Σ_j a_j b_jᵀ), rounded once to W0's type.
-void modulate(Tensor& to, const Tensor& weight, const float* in, const float* out,
-              int64_t pages) {
-  const int64_t O = weight.size(0), I = weight.size(1), blocks = (O + kTokens - 1) / kTokens;
-  dispatch(weight.scalar_type(), [&](auto zero) {
+void modulate(const Job& job, int64_t first_page, int64_t pages, const void* weight, void* to) {
+  dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const T* from = static_cast<const T*>(weight.data_ptr());
-    T* result = static_cast<T*>(to.data_ptr());
-    torch::stable::parallel_for(0, blocks, grain(kTokens * I), [&](int64_t begin, int64_t end) {
+    const int64_t I = job.I, O = job.O;
+    const float *in = job.in_pages + first_page * I, *out = job.out_pages + first_page * O;
+    const int64_t blocks = (O + kTokens - 1) / kTokens;
+    parallel_for(blocks, kTokens * I, [&](int64_t begin, int64_t end) {
       for (int64_t o = begin * kTokens; o < std::min(end * kTokens, O); o += kTokens) {
+        const T* from = static_cast<const T*>(weight) + o * I;
+        T* rows = static_cast<T*>(to) + o * I;
         if (o + kTokens <= O) {
-          modulate_rows<kTokens>(from + o * I, in, out + o, result + o * I, pages, O, I);
+          modulate_rows<kTokens>(from, in, out + o, rows, pages, O, I);
         } else {
-          for (int64_t r = o; r < O; ++r)
-            modulate_rows<1>(from + r * I, in, out + r, result + r * I, pages, O, I);
+          for (int64_t r = 0; o + r < O; ++r)
+            modulate_rows<1>(from + r * I, in, out + o + r, rows + r * I, pages, O, I);
         }
       }
     });
   });
 }
 
-// x Wᵀ, by the product that the layer itself takes.
-Tensor product_of(const Tensor& x, const Tensor& weight) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
-                                    torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(std::optional<Tensor>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+template <typename T>
+T argument(PyObject* number) {
+  if constexpr (std::is_pointer_v<T>) return PyLong_AsVoidPtr(number);
+  else return PyLong_AsLongLong(number);
 }
 
-// The whole layer where it is W0 and nothing else. Copies from `segments` on, if any, stand behind
-// those that go through W0 as it is, segment after segment.
-Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& rows, int64_t copies,
-              const std::optional<Tensor>& segments, const std::optional<Tensor>& in_pages,
-              const std::optional<Tensor>& out_pages, const std::optional<Tensor>& down,
-              const std::optional<Tensor>& up, const std::optional<Tensor>& biases,
-              const std::optional<Tensor>& bias) {
-  Tensor scaled = in_pages ? expand(x, *in_pages, rows, copies) : x;
-  if (!segments) {
-    return contract(product_of(scaled, weight), x, rows, out_pages, down, up, biases, bias);
+// A Python function of integers: addresses and counts. torch's own operators take several times as
+// long to call, and a step of decoding has hundreds of layers.
+template <typename... Args>
+PyObject* call(void (*kernel)(const Job&, Args...), PyObject* const* args, Py_ssize_t count) {
+  if (count != 1 + sizeof...(Args)) {
+    PyErr_SetString(PyExc_TypeError, "a job and its kernel's arguments are expected");
+    return nullptr;
   }
-  const Tensor plain = torch::stable::contiguous(weight);
-  const int64_t N = x.size(1), I = x.size(2), O = weight.size(0);
-  Tensor product = torch::stable::new_empty(x, {copies, N, O});
-  Tensor modulated = torch::stable::empty_like(plain);
-  auto multiply = [&](int64_t first, int64_t count, const Tensor& by) {
-    Tensor part = torch::stable::narrow(product, 0, first, count);
-    torch::stable::copy_(part, product_of(torch::stable::narrow(scaled, 0, first, count), by));
-  };
-  const Segment* table = static_cast<const Segment*>(segments->data_ptr());
-  if (table[0].first_copy) multiply(0, table[0].first_copy, weight);
-  for (int64_t s = 0; s < segments->size(0); ++s) {
-    const Segment& segment = table[s];
-    modulate(modulated, plain, pointer<float>(in_pages) + segment.first_page * I,
-             pointer<float>(out_pages) + segment.first_page * O, segment.pages);
-    multiply(segment.first_copy, segment.copies, modulated);
+  size_t at = 0;
+  const auto* job = static_cast<const Job*>(PyLong_AsVoidPtr(args[at++]));
+  std::tuple<Args...> values{argument<Args>(args[at++])...};
+  if (PyErr_Occurred()) return nullptr;
+  PyThreadState* state = PyEval_SaveThread();
+  std::string error;
+  try {
+    std::apply([&](Args... value) { kernel(*job, value...); }, values);
+  } catch (const std::exception& found) {
+    error = found.what();
   }
-  return contract(product, x, rows, out_pages, down, up, biases, bias);
+  PyEval_RestoreThread(state);
+  if (!error.empty()) {
+    PyErr_SetString(PyExc_RuntimeError, error.c_str());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
 }
+
+template <auto kernel>
+PyObject* method(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call(kernel, args, count);
+}
+
+template <auto kernel>
+PyMethodDef entry(const char* name, const char* doc) {
+  // Through a function of no arguments, as C's API has one type for all calling conventions.
+  const auto function = reinterpret_cast<void (*)()>(&method<kernel>);
+  return {name, reinterpret_cast<PyCFunction>(function), METH_FASTCALL, doc};
+}
+
+PyMethodDef methods[] = {
+    entry<&expand>("expand", "expand(job, x, to)"),
+    entry<&contract>("contract", "contract(job, product, x, bias, to)"),
+    entry<&modulate>("modulate", "modulate(job, first_page, pages, weight, to)"),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "cpu", nullptr, 0, methods};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(flora_cpu, m) {
-  m.def("expand(Tensor x, Tensor pages, Tensor rows, int copies) -> Tensor");
-  m.def(
-      "contract(Tensor product, Tensor x, Tensor rows, Tensor? out_pages, Tensor? down, Tensor? up, "
-      "Tensor? biases, Tensor? bias) -> Tensor");
-  m.def(
-      "linear(Tensor x, Tensor weight, Tensor rows, int copies, Tensor? segments, Tensor? in_pages, "
-      "Tensor? out_pages, Tensor? down, Tensor? up, Tensor? biases, Tensor? bias) -> Tensor");
-}
+#define INIT_(name) PyInit_##name
+#define INIT(name) INIT_(name)
 
-STABLE_TORCH_LIBRARY_IMPL(flora_cpu, CPU, m) {
-  m.impl("expand", TORCH_BOX(&expand));
-  m.impl("contract", TORCH_BOX(&contract));
-  m.impl("linear", TORCH_BOX(&linear));
-}
+PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)() { return PyModule_Create(&definition); }

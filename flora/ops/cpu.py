@@ -3,110 +3,140 @@
 For fp32 and 16 bits without gradients; with gradients and in fp64 the operator is `eager`'s.
 """
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from ctypes import Structure, addressof, c_int64, c_void_p
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from flora.ops import eager
+from flora.errors import ShapeError
+from flora.ops import Linear, Operands, eager
 from flora.ops.build import load_kernels
-from flora.ops.factors import BaseProduct, BatchFactors
-from flora.ops.plan import Plan, starts
+from flora.ops.table import make_table
 
-load_kernels()
-kernels: Any = torch.ops.flora_cpu
+_kernels = load_kernels()
+expand, contract, modulate = _kernels.expand, _kernels.contract, _kernels.modulate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+KEPT_COPIES = 65536
+"""Up to so many numbers, as a step of decoding has, a layer keeps the memory of its copies."""
 
-def apply(
-    x_SNI: Tensor,
-    base: BaseProduct,
-    factors: BatchFactors,
-    plan: Plan,
-    weight_OI: Tensor | None,
-    bias_O: Tensor | None,
-) -> Tensor:
+
+def prepare(x_SNI: Tensor, operands: Operands) -> Linear:
     """See `adapted_linear`. Sums are taken in fp32 and rounded once at the end."""
-    dtype = x_SNI.dtype
-    mixed = weight_OI is not None and weight_OI.dtype != dtype
-    if plan.grad or mixed or dtype not in DTYPES:
-        return eager.apply(x_SNI, base, factors, plan, weight_OI, bias_O)
-    table = _table(plan, factors.pairs, factors.ranks, factors.biased)
-    pages, *rest = factors.keep((table.scaled, dtype), _pages, factors, table.scaled, dtype)
-    if bias_O is not None:
-        bias_O = bias_O.to(dtype)
-    y: Tensor
-    if weight_OI is None:
-        copied = x_SNI if pages is None else kernels.expand(x_SNI, pages, table.rows, table.copies)
-        y = kernels.contract(base(copied).to(dtype), x_SNI, table.rows, *rest, bias_O)
-    else:
-        y = kernels.linear(
-            x_SNI, weight_OI, table.rows, table.copies, table.segments, pages, *rest, bias_O
-        )
-    return y
+    dtype, weight = x_SNI.dtype, operands.weight
+    mixed = weight is not None and weight.dtype != dtype
+    nothing = operands.factors.out_features is None
+    if operands.plan.grad or mixed or nothing or dtype not in DTYPES:
+        return eager.prepare(x_SNI, operands)
+    return PreparedLinear(x_SNI, operands)
 
 
-class _Table(NamedTuple):
-    """What the kernels are told of a plan; they trust it.
+class _Job(Structure):
+    """`Job` in cpu.cpp."""
 
-    rows:     `[S, 6]`, the fields of `Row` in cpu.cpp.
-    copies:   T, those of all rows; in front the ones that go through W0 as it is.
-    segments: `[W, 4]`, the fields of `Segment`; None where W0 is modulated for no group.
-    scaled:   whether Hadamard pages are read at all.
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("rows", "in_pages", "out_pages", "down", "up", "biases")),
+        *((name, c_int64) for name in ("S", "N", "I", "O", "dtype")),
+    ]
+
+
+class PreparedLinear:
+    """A layer in one batch, and the memory that the kernels are given the addresses of.
+
+    The kernels trust what they are told: sizes are checked, and tensors made contiguous, here.
     """
 
-    rows: Tensor
-    copies: int
-    segments: Tensor | None
-    scaled: bool
-
-
-@lru_cache(maxsize=512)
-def _table(
-    plan: Plan, pairs: tuple[int, ...], ranks: tuple[int, ...], biased: tuple[bool, ...]
-) -> _Table:
-    """A plan's table, the same for all layers; the groups' counts are those that it was made of."""
-    first_page, first_rank, first_bias = starts(pairs), starts(ranks), starts(biased)
-    modulated = {
-        row: number
-        for number, segment in enumerate(plan.weight_side)
-        for row in (range(len(plan.rows)) if segment.rows is None else segment.rows)
-    }
-    rows: dict[int, tuple[int, ...]] = {}
-    segments: list[list[int]] = []
-    copies = 0
-    for row in sorted(range(len(plan.rows)), key=lambda row: modulated.get(row, -1)):
-        group = plan.rows[row]
-        count, page = pairs[group], first_page[group]
-        if row in modulated:
-            if len(segments) == modulated[row]:
-                segments.append([copies, 0, page, count])
-            segments[-1][1] += 1
-        if row in modulated or not count:
-            count, page = 1, -1
-        bias = first_bias[group] if biased[group] else -1
-        rows[row] = copies, count, page, first_rank[group], ranks[group], bias
-        copies += count
-    table = [rows[row] for row in range(len(plan.rows))]
-    with torch.inference_mode(False):  # a table outlives the call
-        return _Table(
-            torch.tensor(table, dtype=torch.int32),
-            copies,
-            torch.tensor(segments, dtype=torch.int32) if segments else None,
-            bool(segments) or any(page >= 0 for _, _, page, *_ in table),
+    def __init__(self, x_SNI: Tensor, operands: Operands) -> None:
+        factors, weight_OI, bias_O = operands.factors, operands.weight, operands.bias
+        dtype, (S, N, I), O = x_SNI.dtype, x_SNI.shape, factors.out_features or 0  # noqa: E741
+        table = make_table(operands.plan, factors.pairs, factors.ranks, factors.biased)
+        parts = {
+            "in_pages": (factors.hadamard_in, torch.float32),
+            "out_pages": (factors.hadamard_out, torch.float32),
+            "down": (factors.down, dtype),
+            "up": (factors.up, dtype),
+            "biases": (factors.bias, dtype),
+        }
+        self.tensors = {"rows": table.rows} | {
+            name: part.to(kind).contiguous()
+            for name, (part, kind) in parts.items()
+            if part is not None
+        }
+        addresses = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+        self.job = _Job(**addresses, S=S, N=N, I=I, O=O, dtype=DTYPES.index(dtype))
+        self.job_at = addressof(self.job)
+        self.bias = None if bias_O is None else bias_O.to(dtype).contiguous()
+        self.bias_at = 0 if self.bias is None else self.bias.data_ptr()
+        self.segments: list[list[int]] = []
+        if table.segments is not None:
+            self.segments = table.segments.tolist()
+        self.scaled = table.scaled
+        self.copies_shape, self.product_shape = (table.copies, N, I), (table.copies, N, O)
+        self.y_shape = S, N, O
+        self.kept: tuple[Tensor, int] | None = None
+        if table.copies * N * I <= KEPT_COPIES:
+            kept = x_SNI.new_empty(self.copies_shape)
+            self.kept = kept, kept.data_ptr()
+        self.base = operands.base
+        self.weight = (
+            weight_OI.contiguous() if weight_OI is not None and self.segments else weight_OI
         )
+        # What a black box returns may be its own.
+        self.in_place = table.in_order and weight_OI is not None
 
+    def __call__(self, x_SNI: Tensor) -> Tensor:
+        """y, `[S, N, out]`.
 
-def _pages(factors: BatchFactors, scaled: bool, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """A layer's pages as the kernels take them: in, out, down, up, bias; the last three as x is."""
+        A step of decoding comes here some hundred times, and feels each call that is made here.
+        """
+        x_SNI = copies_TNI = x_SNI.contiguous()
+        x_at = x_SNI.data_ptr()
+        if self.scaled:
+            if self.kept is not None:
+                copies_TNI, copies_at = self.kept
+            else:
+                copies_TNI = x_SNI.new_empty(self.copies_shape)
+                copies_at = copies_TNI.data_ptr()
+            expand(self.job_at, x_at, copies_at)
+        if self.weight is not None and not self.segments:
+            y_SNO = product_TNO = F.linear(copies_TNI, self.weight)
+        else:
+            y_SNO = product_TNO = self._product(copies_TNI)
+        product_at = y_at = product_TNO.data_ptr()
+        if not self.in_place:
+            y_SNO = x_SNI.new_empty(self.y_shape)
+            y_at = y_SNO.data_ptr()
+        contract(self.job_at, product_at, x_at, self.bias_at, y_at)
+        return y_SNO
 
-    def cast(part: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        return None if part is None else part.to(dtype)
+    def _product(self, copies_TNI: Tensor) -> Tensor:
+        if self.weight is not None:
+            return self._modulated_product(copies_TNI, self.weight)
+        product_TNO = self.base(copies_TNI)
+        if product_TNO.shape != self.product_shape:
+            raise ShapeError(
+                f"the base's product has the shape {list(product_TNO.shape)}, but the factors are "
+                f"for {list(self.product_shape)}"
+            )
+        return product_TNO.to(copies_TNI.dtype).contiguous()
 
-    return (
-        cast(factors.hadamard_in, torch.float32) if scaled else None,
-        cast(factors.hadamard_out, torch.float32),
-        *(cast(part, dtype) for part in (factors.down, factors.up, factors.bias)),
-    )
+    def _modulated_product(self, copies_TNI: Tensor, weight_OI: Tensor) -> Tensor:
+        """Some copies by W0, and each segment's by W0 as its pages modulate it."""
+        product_TNO = copies_TNI.new_empty(self.product_shape)
+        scratch_OI = torch.empty_like(weight_OI)
+
+        def multiply(first: int, count: int, by_OI: Tensor) -> None:
+            part = slice(first, first + count)
+            copies, product = copies_TNI[part].flatten(0, 1), product_TNO[part].flatten(0, 1)
+            torch.mm(copies, by_OI.T, out=product)
+
+        if plain := self.segments[0][0]:
+            multiply(0, plain, weight_OI)
+        weight_at, scratch_at = weight_OI.data_ptr(), scratch_OI.data_ptr()
+        for first, count, first_page, pages in self.segments:
+            modulate(self.job_at, first_page, pages, weight_at, scratch_at)
+            multiply(first, count, scratch_OI)
+        return product_TNO

@@ -1,36 +1,35 @@
 """The operator in plain torch: differentiable, on any device."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from flora.ops import Linear, Operands
 from flora.ops.autograd import ModulatedLinear, RecomputedPasses, add_rows, scaled_product, take
-from flora.ops.factors import BaseProduct, BatchFactors
+from flora.ops.factors import BatchFactors
 from flora.ops.plan import Index, Plan
 
 
-def apply(
-    x_SNI: Tensor,
-    base: BaseProduct,
-    factors: BatchFactors,
-    plan: Plan,
-    weight_OI: Tensor | None,
-    bias_O: Tensor | None,
-) -> Tensor:
+def prepare(x_SNI: Tensor, operands: Operands) -> Linear:  # noqa: ARG001
     """See `adapted_linear`. Sums are taken in at least fp32 and rounded once at the end."""
-    y = _hadamard(x_SNI, base, factors, plan, weight_OI)
-    if plan.additive:
-        y = _add_low_rank(y, x_SNI, factors, plan)
-    if plan.bias is not None:
-        y = y + _row_bias(y, factors, plan, bias_O)
-    elif bias_O is not None:
-        y = y + bias_O
+    return partial(_linear, operands=operands)
+
+
+def _linear(x_SNI: Tensor, operands: Operands) -> Tensor:
+    y = _hadamard(x_SNI, operands)
+    if operands.plan.additive:
+        y = _add_low_rank(y, x_SNI, operands.factors, operands.plan)
+    if operands.plan.bias is not None:
+        y = y + _row_bias(y, operands.factors, operands.plan, operands.bias)
+    elif operands.bias is not None:
+        y = y + operands.bias
     return y.to(x_SNI.dtype)
 
 
-def _hadamard(
-    x_SNI: Tensor, base: BaseProduct, factors: BatchFactors, plan: Plan, weight_OI: Tensor | None
-) -> Tensor:
+def _hadamard(x_SNI: Tensor, operands: Operands) -> Tensor:
     """In fp32, but in x's type where no row is scaled."""
+    base, factors, plan = operands.base, operands.factors, operands.plan
     count, on = x_SNI.shape[0], plan.on(x_SNI.device)
     in_PI, out_PO = factors.hadamard_in, factors.hadamard_out
     if in_PI is None or out_PO is None:
@@ -55,7 +54,7 @@ def _hadamard(
             y = add_rows(y, part, rows, count)
     for rows, pages in on.weight_side:
         part = ModulatedLinear.apply(  # type: ignore[no-untyped-call]
-            take(x_SNI, rows), weight_OI, take(in_PI, pages), take(out_PO, pages)
+            take(x_SNI, rows), operands.weight, take(in_PI, pages), take(out_PO, pages)
         )
         y = add_rows(y, part.to(in_PI.dtype), rows, count)
     if y is None:

@@ -50,6 +50,12 @@ class BatchFactors:
         return self._kept[key]  # type: ignore[return-value]
 
     @property
+    def out_features(self) -> int | None:
+        """The layer's, where some part says."""
+        parts = (self.hadamard_out, self.up, self.bias)
+        return next((t.shape[1] for t in parts if t is not None), None)
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         parts = (self.hadamard_in, self.hadamard_out, self.down, self.up, self.bias)
         return tuple(t for t in parts if t is not None)

@@ -1,25 +1,27 @@
 """The truth: every row's W_i as a matrix, in fp64, by loops. Slow on purpose."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from flora.ops.factors import BaseProduct, BatchFactors
-from flora.ops.plan import Plan
+from flora.ops import Linear, Operands
+from flora.ops.factors import BatchFactors
 
 
-def apply(
-    x_SNI: Tensor,
-    base: BaseProduct,
-    factors: BatchFactors,
-    plan: Plan,
-    weight_OI: Tensor | None,
-    bias_O: Tensor | None,
-) -> Tensor:
+def prepare(x_SNI: Tensor, operands: Operands) -> Linear:  # noqa: ARG001
     """See `adapted_linear`. W0 is read, or found by its product with the identity matrix."""
+    return partial(_linear, operands=operands)
+
+
+def _linear(x_SNI: Tensor, operands: Operands) -> Tensor:
+    factors, bias_O, weight_OI = operands.factors, operands.bias, operands.weight
     if weight_OI is None:
-        weight_OI = base(torch.eye(x_SNI.shape[-1], dtype=x_SNI.dtype, device=x_SNI.device)).T
+        weight_OI = operands.base(
+            torch.eye(x_SNI.shape[-1], dtype=x_SNI.dtype, device=x_SNI.device)
+        ).T
     outputs = []
-    for x_NI, group in zip(x_SNI, plan.rows, strict=True):
+    for x_NI, group in zip(x_SNI, operands.plan.rows, strict=True):
         y_NO = x_NI.double() @ _dense(weight_OI.double(), factors, group).T
         bias = bias_O
         if factors.biased[group] and factors.bias is not None:

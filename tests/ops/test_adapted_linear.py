@@ -15,7 +15,7 @@ from flora.adapters.core import LayerFactors
 from flora.bank import join_factors
 from flora.errors import BackendError, ShapeError
 from flora.ops import BACKENDS
-from flora.ops.adapted_linear import adapted_linear
+from flora.ops.adapted_linear import adapted_linear, prepare
 from tests.helpers import assert_no_worse, random_factors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -486,6 +486,7 @@ def test_base_rows_alone_with_every_backend(backend):
         ({"rows": [0, -1]}, ShapeError),
         ({"x": torch.zeros(2, 11)}, ShapeError),
         ({"x": torch.zeros(2, 3, 10)}, ShapeError),
+        ({"weight": torch.zeros(6, 11)}, ShapeError),
         ({"backend": "nope"}, BackendError),
     ],
 )
@@ -499,7 +500,7 @@ def test_what_does_not_fit_is_one_line(group, change, error):
         "rows": layer.rows,
     }
     with pytest.raises(error) as caught:  # unwrapped: without the test run's own check of shapes
-        inspect.unwrap(adapted_linear)(**{**arguments, **change})
+        inspect.unwrap(prepare)(**{**arguments, **change})
     assert "\n" not in str(caught.value)
 
 

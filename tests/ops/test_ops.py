@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_backend_holds_the_operator(name):
-    assert callable(get_backend(name, CPU).apply)
+    assert callable(get_backend(name, CPU).prepare)
 
 
 def test_auto_chooses_once_and_says_so(caplog):
