@@ -58,11 +58,12 @@ def attach(
     Raises UsageError, InvalidAdapterError, OutOfBudgetError or BackendError; then the model is as
     it was.
     """
-    get_backend(backend, torch.device("cpu"))
     if BASE in adapters:
         raise UsageError(f"{BASE!r} is the name for no adapter; choose another")
     host: Host | None = getattr(model, HOST, None)
     base = host.base if host else ModelBase(model)
+    for device in {spec.device for spec in base.specs.values()}:
+        get_backend(backend, device)
     read = {
         name: source
         if isinstance(source, Adapter)

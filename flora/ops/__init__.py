@@ -24,6 +24,7 @@ BACKENDS = {
     "reference": "flora.ops.reference",
     "eager": "flora.ops.eager",
     "cpu": "flora.ops.cpu",
+    "triton": "flora.ops.triton",
 }
 
 
@@ -59,7 +60,10 @@ def get_backend(name: str, device: torch.device) -> Backend:
         return _choose(device)
     if name not in BACKENDS:
         raise BackendError(f"there is no backend {name!r}; these are: auto, {', '.join(BACKENDS)}")
-    return cast("Backend", import_module(BACKENDS[name]))
+    backend = import_module(BACKENDS[name])
+    if device.type == "cpu" and getattr(backend, "NEEDS_GPU", False):
+        raise BackendError(f"the backend {name!r} needs a GPU, but the tensors are on the CPU")
+    return cast("Backend", backend)
 
 
 def _choose(device: torch.device) -> Backend:

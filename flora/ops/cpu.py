@@ -52,7 +52,10 @@ class PreparedLinear:
     def __init__(self, x_SNI: Tensor, operands: Operands) -> None:
         factors, weight_OI, bias_O = operands.factors, operands.weight, operands.bias
         dtype, (S, N, I), O = x_SNI.dtype, x_SNI.shape, factors.out_features or 0  # noqa: E741
-        table = make_table(operands.plan, factors.pairs, factors.ranks, factors.biased)
+        table = make_table(
+            operands.plan, factors.pairs, factors.ranks, factors.biased, x_SNI.device
+        )
+        T = len(table.copies)
         parts = {
             "in_pages": (factors.hadamard_in, torch.float32),
             "out_pages": (factors.hadamard_out, torch.float32),
@@ -74,10 +77,10 @@ class PreparedLinear:
         if table.segments is not None:
             self.segments = table.segments.tolist()
         self.scaled = table.scaled
-        self.copies_shape, self.product_shape = (table.copies, N, I), (table.copies, N, O)
+        self.copies_shape, self.product_shape = (T, N, I), (T, N, O)
         self.y_shape = S, N, O
         self.kept: tuple[Tensor, int] | None = None
-        if table.copies * N * I <= KEPT_COPIES:
+        if T * N * I <= KEPT_COPIES:
             kept = x_SNI.new_empty(self.copies_shape)
             self.kept = kept, kept.data_ptr()
         self.base = operands.base

@@ -1,5 +1,6 @@
 """The operator in plain torch: differentiable, on any device."""
 
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -13,11 +14,30 @@ from flora.ops.plan import Index, Plan
 
 def prepare(x_SNI: Tensor, operands: Operands) -> Linear:  # noqa: ARG001
     """See `adapted_linear`. Sums are taken in at least fp32 and rounded once at the end."""
-    return partial(_linear, operands=operands)
+    return partial(linear, operands=operands)
 
 
-def _linear(x_SNI: Tensor, operands: Operands) -> Tensor:
-    y = _hadamard(x_SNI, operands)
+WeightSide = Callable[[Tensor, Operands], Iterable[tuple[Index, Tensor]]]
+"""For `[S, N, in]` the rows on the weight side, and their `[C, N, out]`, part by part."""
+
+
+def weight_side(x_SNI: Tensor, operands: Operands) -> Iterator[tuple[Index, Tensor]]:
+    """One group after the other."""
+    in_PI, out_PO = operands.factors.hadamard_in, operands.factors.hadamard_out
+    if in_PI is None or out_PO is None:
+        return
+    for rows, pages in operands.plan.on(x_SNI.device).weight_side:
+        yield (
+            rows,
+            ModulatedLinear.apply(  # type: ignore[no-untyped-call]
+                take(x_SNI, rows), operands.weight, take(in_PI, pages), take(out_PO, pages)
+            ),
+        )
+
+
+def linear(x_SNI: Tensor, operands: Operands, *, weight_side: WeightSide = weight_side) -> Tensor:
+    """The operator, with another way to compute the weight side where a backend has one."""
+    y = _hadamard(x_SNI, operands, weight_side)
     if operands.plan.additive:
         y = _add_low_rank(y, x_SNI, operands.factors, operands.plan)
     if operands.plan.bias is not None:
@@ -27,7 +47,7 @@ def _linear(x_SNI: Tensor, operands: Operands) -> Tensor:
     return y.to(x_SNI.dtype)
 
 
-def _hadamard(x_SNI: Tensor, operands: Operands) -> Tensor:
+def _hadamard(x_SNI: Tensor, operands: Operands, weight_side: WeightSide) -> Tensor:
     """In fp32, but in x's type where no row is scaled."""
     base, factors, plan = operands.base, operands.factors, operands.plan
     count, on = x_SNI.shape[0], plan.on(x_SNI.device)
@@ -52,10 +72,7 @@ def _hadamard(x_SNI: Tensor, operands: Operands) -> Tensor:
                 b, a = factors.keep(plan.passes[number].pages, pages_of, pages)
                 part = scaled_product(x, b, a, base)
             y = add_rows(y, part, rows, count)
-    for rows, pages in on.weight_side:
-        part = ModulatedLinear.apply(  # type: ignore[no-untyped-call]
-            take(x_SNI, rows), operands.weight, take(in_PI, pages), take(out_PO, pages)
-        )
+    for rows, part in weight_side(x_SNI, operands):
         y = add_rows(y, part.to(in_PI.dtype), rows, count)
     if y is None:
         raise ValueError("a plan without a product")

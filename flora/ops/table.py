@@ -1,5 +1,6 @@
-"""A plan as the kernels read it: for each row of the batch, where its copies and its pages are."""
+"""A plan as numbers that kernels read: the same for all layers, made once for a device."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,54 +11,83 @@ from flora.ops.plan import Plan, starts
 
 
 class Table(NamedTuple):
-    """What the kernels are told of a plan; they trust it.
+    """What the kernels are told of a plan; they trust it. All tensors are int32.
 
-    rows:     `[S, 6]`, the fields of `Row` in cpu.cpp.
-    copies:   T, those of all rows; in front the ones that go through W0 as it is.
-    segments: `[W, 4]`, the fields of `Segment`; None where W0 is modulated for no group.
+    rows:     `[S, 6]`: of each row its first copy, its copies, its first Hadamard page (-1: it is
+              not scaled), its first additive page, its rank, its bias page (-1: the layer's own).
+    copies:   `[T, 2]`: of each copy its row and its Hadamard page (-1: it is not scaled); in front
+              the `active` ones, then those whose W0 is modulated, segment after segment.
+    segments: `[W, 4]`: of each modulated W0 its first copy, its copies, its first Hadamard page,
+              its pages; None where W0 is modulated for no group.
+    active:   how many copies go through W0 as it is.
+    moved:    whether these are anything but the rows themselves.
     scaled:   whether Hadamard pages are read at all.
-    in_order: whether each row has one copy, and copies stand as rows do.
+    lengths:  the copies of each segment.
+    pairs:    those of the deepest segment.
+    rank:     that of the deepest row.
     """
 
     rows: Tensor
-    copies: int
+    copies: Tensor
     segments: Tensor | None
+    active: int
+    moved: bool
     scaled: bool
-    in_order: bool
+    lengths: tuple[int, ...]
+    pairs: int
+    rank: int
+
+    @property
+    def in_order(self) -> bool:
+        """Whether each row has one copy, and all go through W0 as it is."""
+        return self.active == len(self.copies) == len(self.rows)
 
 
 @lru_cache(maxsize=512)
 def make_table(
-    plan: Plan, pairs: tuple[int, ...], ranks: tuple[int, ...], biased: tuple[bool, ...]
+    plan: Plan,
+    pairs: tuple[int, ...],
+    ranks: tuple[int, ...],
+    biased: tuple[bool, ...],
+    device: torch.device,
 ) -> Table:
-    """A plan's table, the same for all layers; the groups' counts are those that it was made of."""
+    """A plan's table; the groups' counts are those that the plan was made of."""
     first_page, first_rank, first_bias = starts(pairs), starts(ranks), starts(biased)
+    count = len(plan.rows)
     modulated = {
         row: number
         for number, segment in enumerate(plan.weight_side)
-        for row in (range(len(plan.rows)) if segment.rows is None else segment.rows)
+        for row in (range(count) if segment.rows is None else segment.rows)
     }
     rows: dict[int, tuple[int, ...]] = {}
+    copies: list[tuple[int, int]] = []
     segments: list[list[int]] = []
-    copies = 0
-    for row in sorted(range(len(plan.rows)), key=lambda row: modulated.get(row, -1)):
+    for row in sorted(range(count), key=lambda row: modulated.get(row, -1)):
         group = plan.rows[row]
-        count, page = pairs[group], first_page[group]
+        own, page = pairs[group], first_page[group]
         if row in modulated:
             if len(segments) == modulated[row]:
-                segments.append([copies, 0, page, count])
+                segments.append([len(copies), 0, page, own])
             segments[-1][1] += 1
-        if row in modulated or not count:
-            count, page = 1, -1
+        if row in modulated or not own:
+            own, page = 1, -1
         bias = first_bias[group] if biased[group] else -1
-        rows[row] = copies, count, page, first_rank[group], ranks[group], bias
-        copies += count
-    table = [rows[row] for row in range(len(plan.rows))]
+        rows[row] = len(copies), own, page, first_rank[group], ranks[group], bias
+        copies += [(row, page + j if page >= 0 else -1) for j in range(own)]
+    active = segments[0][0] if segments else len(copies)
+
+    def numbers(table: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(table, dtype=torch.int32, device=device)
+
     with torch.inference_mode(False):  # a table outlives the call
         return Table(
-            torch.tensor(table, dtype=torch.int32),
-            copies,
-            torch.tensor(segments, dtype=torch.int32) if segments else None,
-            bool(segments) or any(page >= 0 for _, _, page, *_ in table),
-            all(copy == row and count == 1 for row, (copy, count, *_) in enumerate(table)),
+            rows=numbers([rows[row] for row in range(count)]),
+            copies=numbers(copies),
+            segments=numbers(segments) if segments else None,
+            active=active,
+            moved=copies[:active] != [(row, -1) for row in range(count)],
+            scaled=bool(segments) or any(page >= 0 for _, page in copies),
+            lengths=tuple(segment[1] for segment in segments),
+            pairs=max((segment[3] for segment in segments), default=0),
+            rank=max((ranks[group] for group in plan.rows), default=0),
         )
