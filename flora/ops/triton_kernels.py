@@ -150,9 +150,10 @@ def contract(
             copy = (first_copy + j).to(tl.int64) * N + n
             part = tl.load(product + copy[:, None] * O + o[None, :], mask=inside, other=0)
             part = part.to(tl.float32)
-            if first_page >= 0:
-                page = (first_page + j).to(tl.int64)
-                part *= tl.load(pages + page * O + o, mask=o < O, other=0)[None, :]
+            if pages is not None:
+                if first_page >= 0:
+                    page = (first_page + j).to(tl.int64)
+                    part *= tl.load(pages + page * O + o, mask=o < O, other=0)[None, :]
             total += part
 
     if hidden is not None:
