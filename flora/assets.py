@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import re
 import shutil
 import struct
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from flora.errors import FloraError, UsageError
+from flora.machine import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,15 +215,6 @@ def demo_text() -> Path:
     """
     selection = hashlib.sha256(repr(sorted(TEXT_FILES.items())).encode()).hexdigest()[:8]
     return _made_once(f"{TEXT.name}-{TEXT.version}-{selection}", _make_text)
-
-
-def cache_folder() -> Path:
-    """`$FLORA_CACHE`, or else `flora` in the user's cache folder; it need not exist yet."""
-    if own := os.environ.get("FLORA_CACHE"):
-        return Path(own).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "flora"
 
 
 def _model(model: Model, make: Callable[[Model, Path, Path], None]) -> Path:

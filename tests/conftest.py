@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from flora.bank import AdapterBank
+from flora.ops import adapted_linear
+from flora.ops.plan import Costs
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
@@ -18,6 +20,12 @@ hypothesis.settings.register_profile(
     "flora", deadline=None, derandomize=True, max_examples=50, database=None
 )
 hypothesis.settings.load_profile("flora")
+
+
+@pytest.fixture(autouse=True)
+def _plans_go_by_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every machine takes the same sides; tests/ops/test_costs.py measures."""
+    monkeypatch.setattr(adapted_linear, "layer_costs", lambda *_, **__: Costs())
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ import pytest
 from flora import assets
 from flora.assets import (
     Package,
-    cache_folder,
     demo_model,
     demo_text,
     gemma,
@@ -219,19 +218,6 @@ def test_a_cache_that_cannot_be_written_is_named(
     text = refusal(demo_text)
     assert str(tmp_path / "file" / "cache") in text
     assert "set FLORA_CACHE" in text
-
-
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/var/xdg")
-    monkeypatch.setenv("FLORA_CACHE", "~/mine")
-    assert cache_folder() == Path("/home/someone/mine")
-    monkeypatch.delenv("FLORA_CACHE")
-    assert cache_folder() == Path("/var/xdg/flora")
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache_folder() == Path("/home/someone/.cache/flora")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path("/home/someone/.cache/flora")
 
 
 @pytest.mark.parametrize(

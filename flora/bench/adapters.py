@@ -31,14 +31,22 @@ class Spec:
         """`KIND/flag`, as a record gives it."""
         return "/".join([self.kind, *self.flags])
 
-    def adapter(self, base: ModelBase, seed: int) -> Adapter:
-        """A random one on all linear layers but the head. Raises InvalidAdapterError."""
+    def config(self) -> dict[str, Any]:
+        """Of an `adapter_config.json`, for all linear layers but the head."""
         raw: dict[str, Any] = {"peft_type": self.kind, "target_modules": ALL_LINEAR}
         raw |= dict.fromkeys(self.flags, True)
+        if self.rank and (field := get_kind(self.kind).Config.rank_field):
+            raw[field] = self.rank
+        return raw
+
+    def adapter(self, base: ModelBase, seed: int) -> Adapter:
+        """A random one. Raises InvalidAdapterError."""
+        return self.checkpoint(base, seed).adapter(base)
+
+    def checkpoint(self, base: ModelBase, seed: int) -> Checkpoint:
+        """The same as its folder holds it, which PEFT reads too. Raises InvalidAdapterError."""
         kind = get_kind(self.kind)
-        if kind.Config.rank_field and self.rank:
-            raw[kind.Config.rank_field] = self.rank
-        _, config = parse_config(raw)
+        _, config = parse_config(self.config())
         generator = torch.Generator().manual_seed(seed)
         params = {}
         for module in sorted(targeted(config, base)):
@@ -47,7 +55,7 @@ class Spec:
                 name: value + SPREAD * torch.randn(value.shape, generator=generator)
                 for name, value in start.items()
             }
-        return Checkpoint(kind=self.kind, config=config, params=params).adapter(base)
+        return Checkpoint(kind=self.kind, config=config, params=params)
 
 
 def parse_specs(text: str, rank: int) -> list[Spec]:

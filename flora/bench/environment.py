@@ -5,7 +5,8 @@ import platform
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+
+from flora.machine import processor
 
 PACKAGES = ("flora-llm", "torch", "transformers", "peft")
 
@@ -17,7 +18,7 @@ def environment() -> dict[str, object]:
     return {
         "command": shlex.join(["flora", *sys.argv[1:]]),
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -25,13 +26,6 @@ def environment() -> dict[str, object]:
         },
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
     }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -1,17 +1,27 @@
-"""Tokens per second of `generate` in the transformers host, against the base model's."""
+"""Tokens per second of `generate` in the transformers host, beside the base's and PEFT's."""
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 import flora
+from flora.adapters.checkpoint import write_checkpoint
 from flora.adapters.core import Adapter
 from flora.base import ModelBase
 from flora.bench.adapters import Spec
-from flora.bench.turns import tokens_per_second
+from flora.bench.limit import bandwidth, synchronize
+from flora.bench.turns import measure_in_turns, speed_ratio
+from flora.errors import UsageError
+from flora.ops.plan import MODULATION_TOKENS
+
+SYSTEMS = ("flora", "peft", "peft-one")
+"""What is measured beside the base: flora; PEFT's mixed batch; PEFT with one adapter for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,63 +42,134 @@ def measure(
     mixes: Sequence[Sequence[Spec]],
     load: Load,
     *,
+    systems: Sequence[str] = ("flora",),
     repeats: int,
     after_turn: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """A record of the base and one of flora for each mix of adapters, all measured in turns.
+    """A record of the base and of each system with each mix that it can run, measured in turns.
 
-    model: in evaluation mode; it has the adapters attached while this runs.
-    mixes: the adapters of a batch, each made as often as `distinct` asks for.
+    model:   in evaluation mode; it has the adapters attached while this runs.
+    mixes:   the adapters of a batch, each made as often as `distinct` asks for.
+    systems: of `SYSTEMS`. PEFT runs its own kinds, and different adapters for LoRA only.
 
-    A mix's limit is the base's own speed with as many rows as the batch has Hadamard pairs, in
-    tokens of the batch.
+    A record's limit: W0 has to be read for each pair of a row, or modulated for each adapter,
+    whichever is faster, and the factors have to be read. Raises UsageError for another system.
     """
-    # Another model of the same weights, which nothing is attached to.
-    plain = copy.deepcopy(model, {id(p): p for p in [*model.parameters(), *model.buffers()]})
+    if unknown := set(systems) - set(SYSTEMS):
+        raise UsageError(f"no such systems: {', '.join(unknown)}; there are {', '.join(SYSTEMS)}")
+    trainable = {p: p.requires_grad for p in model.parameters()}
+    plain = share_weights(model)
     base = ModelBase(plain)
-    runs = {f"base of {load.rows} rows": _generates(plain, load, load.rows)}
-    records: list[dict[str, Any]] = [{"system": "base", "kind": None, "rank": None}]
+    own = f"base of {load.rows} rows"
+    runs = {own: _generates(plain, load, load.rows)}
+    records: list[dict[str, Any]] = [
+        {"system": "base", "kind": None, "rank": None, "run": own, "limit": (None, 0.0)}
+    ]
     adapters: dict[str, Adapter] = {}
-    for mix in mixes:
-        made = {
-            f"{len(runs)}-{i}": mix[i % len(mix)].adapter(base, seed=i)
-            for i in range(load.distinct)
-        }
-        adapters |= made
-        names = [list(made)[row % load.distinct] for row in range(load.rows)]
-        pairs = max(
-            sum(max(1, made[name].layers[module].pairs) for name in names)
-            for module in next(iter(made.values())).layers
-        )
-        runs[system := f"flora {len(runs)}"] = _generates(model, load, load.rows, names)
-        runs.setdefault(f"base of {pairs} rows", _generates(plain, load, pairs))
-        records.append({"system": "flora", "run": system, "pairs": pairs} | _facts(mix))
-    flora.attach(model, adapters)
+    for number, mix in enumerate(mixes):
+        distinct = [mix[i % len(mix)] for i in range(load.distinct)]
+        facts = _facts(mix)
+        if "flora" in systems:
+            made = {f"{number}-{i}": spec.adapter(base, i) for i, spec in enumerate(distinct)}
+            adapters |= made
+            rows = _rows(list(made), load)
+            wide, bytes_read = _limit(made, rows, load, base)
+            runs[run := f"flora {number}"] = _generates(model, load, load.rows, rows)
+            if wide:
+                runs.setdefault(f"base of {wide} rows", _generates(plain, load, wide))
+            records.append({"system": "flora", "run": run, "limit": (wide, bytes_read)} | facts)
+        for system in systems:
+            if (loaded := _in_peft(system, mix, load, plain, base)) is not None:
+                names = list(loaded.peft_config)
+                named = None if system == "peft-one" else _rows(names, load)
+                runs[run := f"{system} {number}"] = _generates(loaded, load, load.rows, named)
+                records.append({"system": system, "run": run, "distinct": len(names)} | facts)
+    if adapters:
+        flora.attach(model, adapters)
     try:
-        speeds = tokens_per_second(runs, repeats=repeats, after_turn=after_turn)
+        seconds = measure_in_turns(runs, repeats=repeats, after_turn=after_turn)
     finally:
-        flora.detach(model)
-    own = speeds[f"base of {load.rows} rows"]
+        if adapters:
+            flora.detach(model)
+        for parameter, flag in trainable.items():  # PEFT froze what it shares
+            parameter.requires_grad_(flag)
     for record in records:
-        limit = speeds[f"base of {record.pop('pairs', load.rows)} rows"]
-        speed = speeds[str(record.pop("run"))] if "run" in record else own
-        record |= {"tokens_per_second": speed, "ratio_to_base": speed / own}
-        record |= {"ratio_to_limit": speed / limit} | asdict(load)
+        found = seconds[record.pop("run")]
+        record["tokens_per_second"] = load.rows * load.new_tokens / median(found)
+        record["ratio_to_base"] = speed_ratio(found, seconds[own])
+        if limit := record.pop("limit", None):
+            wide, bytes_read = limit
+            known = seconds[f"base of {wide or load.rows} rows"]
+            added = bytes_read / bandwidth(model.device)
+            record["ratio_to_limit"] = speed_ratio(found, [s + added for s in known])
+        record |= asdict(load) | record
     return records
+
+
+def share_weights(model: Any) -> Any:
+    """Another model of the same weights, which nothing is attached to."""
+    return copy.deepcopy(model, {id(p): p for p in [*model.parameters(), *model.buffers()]})
+
+
+def _rows(names: Sequence[str], load: Load) -> list[str]:
+    return [names[row % len(names)] for row in range(load.rows)]
+
+
+def _limit(
+    adapters: dict[str, Adapter], rows: Sequence[str], load: Load, base: ModelBase
+) -> tuple[int | None, float]:
+    """The rows of a base that reads W0 for each pair, if that is faster, and the bytes beside it.
+
+    The other way is the base with its own rows, and each adapter's modulated weight. A batch reads
+    its factors once a forward.
+    """
+    layers = [adapter.layers for adapter in adapters.values()]
+    factors = sum(t.nbytes for own in layers for f in own.values() for _, t in f.parts())
+    pairs = max(sum(max(1, adapters[n].layers[m].pairs) for n in rows) for m in layers[0])
+    if pairs == load.rows:
+        return None, load.new_tokens * factors
+    if load.prompt_tokens * (pairs - load.rows) <= MODULATION_TOKENS * load.distinct:
+        return pairs, load.new_tokens * factors
+    sizes = {m: base.specs[m].dtype.itemsize * o * i for m, (o, i) in base.shapes.items()}
+    modulated = sum(sizes[m] for own in layers for m, f in own.items() if f.pairs > 1)
+    return None, load.new_tokens * (factors + modulated)
+
+
+def _in_peft(
+    system: str, mix: Sequence[Spec], load: Load, plain: Any, base: ModelBase
+) -> Any | None:
+    """PEFT's model with the same adapters; None where PEFT does not run them."""
+    from peft import PeftModel
+
+    spec = mix[0]
+    if system == "flora" or len(mix) > 1 or spec.kind == "FLORA":
+        return None
+    if system == "peft" and (spec.kind != "LORA" or "use_dora" in spec.flags):
+        return None
+    count = 1 if system == "peft-one" else load.distinct
+    with TemporaryDirectory() as scratch:
+        folders = {f"adapter{i}": Path(scratch, str(i)) for i in range(count)}
+        for seed, folder in enumerate(folders.values()):
+            write_checkpoint(folder, spec.checkpoint(base, seed))
+        (first, folder), *others = folders.items()
+        model = PeftModel.from_pretrained(share_weights(plain), str(folder), adapter_name=first)
+        for name, folder in others:
+            model.load_adapter(str(folder), name)
+    return model.eval()
 
 
 def _generates(
     model: Any, load: Load, rows: int, names: Sequence[str] | None = None
-) -> Callable[[], int]:
-    """A function that generates with so many rows, and returns the tokens of the load."""
+) -> Callable[[], None]:
+    """A function that generates with so many rows."""
     generator = torch.Generator().manual_seed(0)
     size = rows, load.prompt_tokens
     prompts = torch.randint(model.config.vocab_size, size, generator=generator).to(model.device)
-    settings = {} if names is None else {"adapter_names": names}
+    settings = {} if names is None else {"adapter_names": list(names)}
 
-    def run() -> int:
+    def run() -> None:
         model.generate(
-            prompts,
+            input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=load.new_tokens,
             eos_token_id=None,  # no row ends early
@@ -96,7 +177,7 @@ def _generates(
             pad_token_id=0,
             **settings,
         )
-        return load.rows * load.new_tokens
+        synchronize(model.device)
 
     return run
 

@@ -1,27 +1,46 @@
 """Systems measured in turns, A B A B …, so that a machine that slows down slows all of them."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
+MOST_TURNS = 200
 
-def tokens_per_second(
-    systems: Mapping[str, Callable[[], int]],
+
+def measure_in_turns(
+    systems: Mapping[str, Callable[[], object]],
     *,
     repeats: int,
+    least_seconds: float = 0.0,
+    warm: bool = False,
     after_turn: Callable[[str], None] = lambda _: None,
-) -> dict[str, float]:
-    """The median speed of each system, after one turn that is not counted.
+) -> dict[str, list[float]]:
+    """The seconds of each system's counted turns, after one turn that is not counted.
 
-    systems:    for each a function that generates and returns how many tokens that were.
-    repeats:    counted turns.
-    after_turn: told the system's name after each turn, the first as well.
+    systems:       for each what is measured; it returns when the work is done.
+    repeats:       counted turns, at least.
+    least_seconds: turns go on until all of them took so long, as short ones are noisy.
+    warm:          whether each turn runs twice and only the second counts, as what another system
+                   left in the caches decides short times.
+    after_turn:    told the system's name after each turn, the first as well.
     """
-    speeds: dict[str, list[float]] = {name: [] for name in systems}
-    for _ in range(1 + repeats):
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    begin = time.perf_counter()
+    turns = 0
+    while turns <= repeats or (
+        time.perf_counter() - begin < least_seconds and turns <= max(repeats, MOST_TURNS)
+    ):
         for name, run in systems.items():
+            if warm:
+                run()
             start = time.perf_counter()
-            tokens = run()
-            speeds[name].append(tokens / (time.perf_counter() - start))
+            run()
+            seconds[name].append(time.perf_counter() - start)
             after_turn(name)
-    return {name: median(values[1:]) for name, values in speeds.items()}
+        turns += 1
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def speed_ratio(system: Sequence[float], base: Sequence[float]) -> float:
+    """How fast a system is beside another: the median over the turns, each beside its neighbour."""
+    return median(theirs / own for own, theirs in zip(system, base, strict=True))

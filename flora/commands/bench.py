@@ -1,6 +1,7 @@
 """`flora bench`: measurements, each against the base model in turns."""
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,49 +10,116 @@ import typer
 MIXED = "FLORA:1+HIRA:1+IA3+LORA:8+LORA/use_dora:8+ADALORA:8+VERA:8+LOHA:2"
 """What "mixed" stands for in --kinds."""
 
-app = typer.Typer(help="Measure this machine: tokens per second beside the base model's.")
+SHAPES = {
+    "starcoder-1b": "2048x2048,2304x2048,8192x2048,2048x8192",
+    "starcoder-3b": "2816x2816,3072x2816,11264x2816,2816x11264",
+    "starcoder-15b": "6144x6144,6400x6144,24576x6144,6144x24576",
+    "llama-3-8b": "4096x4096,1024x4096,14336x4096,4096x14336",
+    "whisper-large": "1280x1280,5120x1280,1280x5120",
+}
+"""Models whose layers `op` knows by name."""
+
+SPEED = ("tokens per second", 1.0, 1)
+RATIO = ("of base", 1.0, 2)
+LIMIT = ("of limit", 1.0, 2)
+
+app = typer.Typer(help="Measure this machine: the base, flora and PEFT in turns, and the limit.")
 
 Model = Annotated[
     str | None, typer.Option(help="A folder or a repository of the hub; the demo's if not given.")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the records to this file.")]
+Rows = Annotated[str, typer.Option(help="Rows of a batch, by comma.")]
+Distinct = Annotated[
+    str, typer.Option(help='Different adapters in a batch, by comma; "all" for one a row.')
+]
+Kinds = Annotated[
+    str,
+    typer.Option(
+        help="Kinds of adapters, by comma: KIND, KIND/flag, KIND:rank, several in one batch "
+        'joined by +; "mixed" for one of each.'
+    ),
+]
+Ranks = Annotated[str, typer.Option(help="Ranks of the kinds that name none, by comma.")]
+Systems = Annotated[str, typer.Option(help="What is measured beside the base, by comma.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Counted turns of each.")]
 
 
-@app.callback()
-def group() -> None:
-    """A group, though it has one command yet."""
+@app.command()
+def op(
+    model: Model = None,
+    shapes: Annotated[
+        str,
+        typer.Option(
+            help=f"Layers OUTxIN, by comma; the model's own if not given, or those of "
+            f"{', '.join(SHAPES)}."
+        ),
+    ] = "",
+    rows: Rows = "1,8,32,128,512",
+    distinct: Distinct = "1,all",
+    ranks: Annotated[str, typer.Option(help="Ranks, by comma.")] = "1,2,4,8,16,64",
+    systems: Systems = "flora,flora-activation,flora-weight,bmm,peft",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    repeats: Repeats = 5,
+    explain: Annotated[bool, typer.Option(help="Say what the plan picks, and why.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Measure the plan's costs again.")] = False,
+    as_json: Json = None,
+) -> None:
+    """Seconds of one linear layer, each row with its own adapter."""
+    import torch
+
+    from flora.bench import op as study
+    from flora.commands.progress import progress
+    from flora.ops.costs import forget_costs
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"--dtype {dtype!r}: float32, bfloat16 or float16")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+    if fresh:
+        forget_costs()
+    layers = _shapes(model, shapes)
+    loads = [
+        study.Load(out_features=o, in_features=i, rows=r, distinct=d, rank=rank)
+        for o, i in layers
+        for r in _numbers("--rows", rows)
+        for d in dict.fromkeys(_numbers("--distinct", distinct.replace("all", str(r))))
+        for rank in _numbers("--ranks", ranks)
+        if d <= r
+    ]
+    records: list[dict[str, Any]] = []
+    with progress("measuring", len(loads)) as advance:
+        for load in loads:
+            if explain:
+                typer.echo(study.explain(load, **settings))
+            records += study.measure(load, systems=systems.split(","), repeats=repeats, **settings)
+            advance(f"{load.layer}, {load.rows} rows, rank {load.rank}")
+    _keep(records, "op", shapes or model, as_json)
+    columns = ("system", "kind", "rank", "layer", "rows", "distinct")
+    figures = {"seconds": ("µs", 1e6, 0), "ratio_to_base": RATIO, "times_limit": ("limits", 1, 2)}
+    _print(records, columns, figures)
 
 
 @app.command()
 def generate(
     model: Model = None,
-    rows: Annotated[str, typer.Option(help="Rows of a batch, by comma.")] = "32",
-    distinct: Annotated[
-        str, typer.Option(help='Different adapters in a batch, by comma; "all" for one a row.')
-    ] = "all",
-    kinds: Annotated[
-        str,
-        typer.Option(
-            help="Kinds of adapters, by comma: KIND, KIND/flag, KIND:rank, several in one batch "
-            'joined by +; "mixed" for one of each.'
-        ),
-    ] = "FLORA,mixed",
-    ranks: Annotated[str, typer.Option(help="Ranks of the kinds that name none, by comma.")] = "1",
+    rows: Rows = "32",
+    distinct: Distinct = "all",
+    kinds: Kinds = "FLORA,mixed",
+    ranks: Ranks = "1",
+    systems: Systems = "flora",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 16,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Counted turns of each.")] = 5,
+    repeats: Repeats = 5,
     as_json: Json = None,
 ) -> None:
-    """Tokens per second of `generate`, each row with its own adapter."""
-    from rich.console import Console
-    from rich.table import Table
+    """Tokens per second of `generate`, each row with its own adapter.
 
-    from flora.assets import demo_model
+    Systems: flora; peft, its mixed batch; peft-one, one adapter for all rows.
+    """
+    from flora.bench import generate as study
     from flora.bench.adapters import parse_specs
-    from flora.bench.environment import environment
-    from flora.bench.generate import Load, measure
     from flora.commands.progress import progress
-    from flora.hosts.loading import load_model
 
     mixes = dict.fromkeys(
         tuple(parse_specs(MIXED if text == "mixed" else text, rank))
@@ -59,31 +127,130 @@ def generate(
         for rank in _numbers("--ranks", ranks)
     )
     loads = [
-        Load(rows=r, distinct=d, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        study.Load(rows=r, distinct=d, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         for r in _numbers("--rows", rows)
-        for d in _numbers("--distinct", distinct.replace("all", str(r)))
+        for d in dict.fromkeys(_numbers("--distinct", distinct.replace("all", str(r))))
         if d <= r
     ]
-    loaded, _ = load_model(str(demo_model()) if model is None else model)
-    facts = {"study": "generate", "model": model or "SmolLM2-135M-Instruct"} | environment()
+    loaded = _load(model)
     records: list[dict[str, Any]] = []
     with progress("measuring", len(loads)) as advance:
         for load in loads:
-            records += measure(loaded, list(mixes), load, repeats=repeats)
+            records += study.measure(
+                loaded, list(mixes), load, systems=systems.split(","), repeats=repeats
+            )
             advance(f"{load.rows} rows")
-    if as_json:
-        as_json.parent.mkdir(parents=True, exist_ok=True)
-        as_json.write_text(json.dumps([facts | record for record in records], indent=2) + "\n")
+    _keep(records, "generate", model, as_json)
     columns = ("system", "kind", "rank", "rows", "distinct")
-    table = Table(*columns, "tokens per second", "ratio to base", "ratio to limit")
+    figures = {"tokens_per_second": SPEED, "ratio_to_base": RATIO, "ratio_to_limit": LIMIT}
+    _print(records, columns, figures)
+
+
+@app.command()
+def train(
+    model: Model = None,
+    adapters: Annotated[int, typer.Option(min=1, help="Trained in one batch, a row each.")] = 8,
+    tokens: Annotated[str, typer.Option(help="Tokens of a row, by comma.")] = "32,128",
+    kinds: Kinds = "FLORA,LORA",
+    ranks: Ranks = "1,4,16,64",
+    systems: Systems = "flora,peft,peft-one",
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+    repeats: Repeats = 5,
+    as_json: Json = None,
+) -> None:
+    """Seconds and memory of a training step, each row training its own adapter.
+
+    Systems: flora, all adapters in one batch; peft, LoRA adapters one after the other on the same
+    rows; peft-one, one LoRA adapter on all rows.
+    """
+    from flora.bench import train as study
+    from flora.bench.adapters import parse_specs
+    from flora.commands.progress import progress
+
+    specs = list(
+        dict.fromkeys(
+            spec
+            for text in kinds.split(",")
+            for rank in _numbers("--ranks", ranks)
+            for spec in parse_specs(text, rank)
+        )
+    )
+    loads = [study.Load(adapters=adapters, tokens=n) for n in _numbers("--tokens", tokens)]
+    trained = list(study.trainable(specs, systems.split(",")))
+    loaded = _load(model)
+    records: list[dict[str, Any]] = []
+    with progress("measuring", len(loads) * (1 + memory * len(trained))) as advance:
+        for load in loads:
+            found = study.measure(loaded, specs, load, systems=systems.split(","), repeats=repeats)
+            advance(f"{load.tokens} tokens")
+            for (spec, system), record in zip(trained if memory else (), found[1:], strict=False):
+                record |= study.peak_bytes(_source(model), spec, system, load)
+                advance(f"{load.tokens} tokens, memory of {system}")
+            records += found
+    _keep(records, "train", model, as_json)
+    columns = ("system", "kind", "rank", "rows", "distinct", "tokens")
+    memory_figures = {"added_bytes": ("MB added", 1e-6, 0)} if memory else {}
+    figures = {"seconds": ("ms", 1e3, 0), "tokens_per_second": SPEED, "ratio_to_base": RATIO}
+    _print(records, columns, figures | memory_figures)
+
+
+def _source(model: str | None) -> str:
+    from flora.assets import demo_model
+
+    return str(demo_model()) if model is None else model
+
+
+def _load(model: str | None) -> Any:
+    from flora.hosts.loading import load_model
+
+    return load_model(_source(model))[0]
+
+
+def _shapes(model: str | None, text: str) -> list[tuple[int, int]]:
+    """Layers by name or size, or a model's different ones but the head. Raises UsageError."""
+    from flora.base import ModelBase
+    from flora.errors import UsageError
+
+    if not text:
+        base = ModelBase(_load(model))
+        return list(dict.fromkeys(size for m, size in base.shapes.items() if m != base.head))
+    found = []
+    for part in ",".join(SHAPES.get(name.strip(), name) for name in text.split(",")).split(","):
+        sizes = part.split("x")
+        if len(sizes) != 2 or not all(size.isascii() and size.isdigit() for size in sizes):
+            raise UsageError(f"--shapes {part!r}: OUTxIN, or one of {', '.join(SHAPES)}")
+        found.append((int(sizes[0]), int(sizes[1])))
+    return found
+
+
+def _keep(
+    records: Iterable[dict[str, Any]], study: str, model: str | None, path: Path | None
+) -> None:
+    """Write the records with what they were measured on."""
+    from flora.bench.environment import environment
+
+    if path:
+        facts = {"study": study, "model": model or "SmolLM2-135M-Instruct"} | environment()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([facts | record for record in records], indent=2) + "\n")
+
+
+def _print(
+    records: Iterable[dict[str, Any]],
+    columns: Sequence[str],
+    figures: Mapping[str, tuple[str, float, int]],
+) -> None:
+    """A table; for each figure its title, what it is multiplied with, and its decimals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, *(title for title, _, _ in figures.values()))
     for record in records:
         shown = ["" if record[column] is None else str(record[column]) for column in columns]
-        table.add_row(
-            *shown,
-            f"{record['tokens_per_second']:.1f}",
-            f"{record['ratio_to_base']:.2f}",
-            f"{record['ratio_to_limit']:.2f}",
-        )
+        for name, (_, factor, decimals) in figures.items():
+            value = record.get(name)
+            shown.append("" if value is None else f"{value * factor:,.{decimals}f}")
+        table.add_row(*shown)
     Console().print(table)
 
 

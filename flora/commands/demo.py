@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Annotated, Any
 
 import typer
@@ -66,7 +66,7 @@ def command(
     _print_answers(answers, seen, console)
 
     console.print("[bold]4. Speed[/bold], in turns, the same eight rows")
-    speeds = _speeds(base, tokenizer, adapters, prompt)
+    speeds = _speeds(_seconds(base, tokenizer, adapters, prompt))
     _print_speeds(speeds, console)
 
     if as_json:
@@ -86,7 +86,7 @@ def command(
             for name, answer in answers.items()
         ]
         kinds = {"base": (None, None, 0), "flora": ("FLORA", 1, 8), "peft": ("LORA", 1, 8)}
-        for system, speed in speeds.items():
+        for system, (speed, ratio) in speeds.items():
             kind, rank, distinct = kinds[system]
             records.append(
                 {
@@ -99,7 +99,7 @@ def command(
                     "new_tokens": SPEED_TOKENS,
                     "repeats": REPEATS,
                     "tokens_per_second": speed,
-                    "ratio_to_base": speed / speeds["base"],
+                    "ratio_to_base": ratio,
                 }
             )
         as_json.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
@@ -159,14 +159,16 @@ def _answer(base: Any, tokenizer: Any, adapters: dict[str, Any], prompt: str) ->
     return dict(zip(adapters, texts, strict=True))
 
 
-def _speeds(base: Any, tokenizer: Any, adapters: dict[str, Any], prompt: str) -> dict[str, float]:
-    """Tokens per second of the base, of flora, and of PEFT with LoRA of the same layers."""
+def _seconds(
+    base: Any, tokenizer: Any, adapters: dict[str, Any], prompt: str
+) -> dict[str, list[float]]:
+    """The turns of the base, of flora, and of PEFT with LoRA of the same layers."""
     from peft import LoraConfig, get_peft_model
 
     import flora
     from flora.adapters.targets import shortest_targets
     from flora.base import ModelBase
-    from flora.bench.turns import tokens_per_second
+    from flora.bench.turns import measure_in_turns
     from flora.commands.progress import progress
 
     names = list(adapters)
@@ -178,8 +180,8 @@ def _speeds(base: Any, tokenizer: Any, adapters: dict[str, Any], prompt: str) ->
     flora_model = flora.attach(copy.deepcopy(base), adapters)
     batch = tokenizer([f"{prompt}\n"] * len(names), return_tensors="pt").to(base.device)
 
-    def generate(model: Any, **more: Any) -> Callable[[], int]:
-        def run() -> int:
+    def generate(model: Any, **more: Any) -> Callable[[], None]:
+        def run() -> None:
             model.eval().generate(
                 **batch,
                 max_new_tokens=SPEED_TOKENS,
@@ -188,7 +190,6 @@ def _speeds(base: Any, tokenizer: Any, adapters: dict[str, Any], prompt: str) ->
                 pad_token_id=tokenizer.pad_token_id,
                 **more,
             )
-            return SPEED_TOKENS * len(names)
 
         return run
 
@@ -198,7 +199,7 @@ def _speeds(base: Any, tokenizer: Any, adapters: dict[str, Any], prompt: str) ->
         "peft": generate(peft_model, adapter_names=names),
     }
     with progress("measuring", len(systems) * (1 + REPEATS)) as advance:
-        return tokens_per_second(systems, repeats=REPEATS, after_turn=advance)
+        return measure_in_turns(systems, repeats=REPEATS, after_turn=advance)
 
 
 def _print_answers(answers: dict[str, str], seen: dict[str, str], console: Any) -> None:
@@ -215,7 +216,18 @@ def _print_answers(answers: dict[str, str], seen: dict[str, str], console: Any) 
     console.print(f"{right} of {len(answers)} answers are in their adapter's language")
 
 
-def _print_speeds(speeds: dict[str, float], console: Any) -> None:
+def _speeds(seconds: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
+    """Tokens per second of each system, and the ratio to the base."""
+    from flora.bench.turns import speed_ratio
+
+    tokens = SPEED_TOKENS * len(LANGUAGES)
+    return {
+        system: (tokens / median(times), speed_ratio(times, seconds["base"]))
+        for system, times in seconds.items()
+    }
+
+
+def _print_speeds(speeds: dict[str, tuple[float, float]], console: Any) -> None:
     from rich.table import Table
 
     titles = {
@@ -224,6 +236,6 @@ def _print_speeds(speeds: dict[str, float], console: Any) -> None:
         "peft": "PEFT adapter_names, 8 different LoRA of rank 1",
     }
     table = Table("system", "tokens per second", "ratio to base")
-    for system, speed in speeds.items():
-        table.add_row(titles[system], f"{speed:.1f}", f"{speed / speeds['base']:.2f}")
+    for system, (speed, ratio) in speeds.items():
+        table.add_row(titles[system], f"{speed:.1f}", f"{ratio:.2f}")
     console.print(table)

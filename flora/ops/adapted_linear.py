@@ -8,8 +8,12 @@ from torch import Tensor
 
 from flora.errors import ShapeError
 from flora.ops import Linear, Operands, get_backend
+from flora.ops.costs import layer_costs
 from flora.ops.factors import BaseProduct, BatchFactors
-from flora.ops.plan import make_plan
+from flora.ops.plan import Costs, make_plan
+
+FEW_COPIES = 32
+"""So many more than rows are never worth a modulation of W0."""
 
 
 def adapted_linear(
@@ -49,11 +53,14 @@ def prepare(
     bias: Float[Tensor, " O"] | None = None,
     weight: Float[Tensor, "O I"] | None = None,
     backend: str = "auto",
+    costs: Costs | None = None,
 ) -> Linear:
     """`adapted_linear` as a function of x, good for every x like this one.
 
     That is of its shape, type and device, with gradients (and autocast) on or off as they are now.
     What can be checked and planned once is not done again at each step of a generation.
+
+    costs: that the plan goes by; those of the layer, measured where need be, if there are none.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -69,6 +76,14 @@ def prepare(
             f"the factors are for {factors.out_features} outputs, but W0 has {weight.shape[0]}"
         )
 
+    grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, *factors.tensors)
+    )
+    if costs is None:
+        costs = Costs()
+        more = sum(max(0, factors.pairs[row] - 1) for row in rows if 0 <= row < len(factors.pairs))
+        if weight is not None and more * x.shape[1] > FEW_COPIES:
+            costs = layer_costs(weight, backend, grad=grad)
     plan = make_plan(
         rows,
         factors.pairs,
@@ -76,8 +91,8 @@ def prepare(
         factors.biased,
         tokens=x.shape[1],
         has_weight=weight is not None,
-        grad=torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (x, weight, bias, *factors.tensors)),
+        grad=grad,
+        costs=costs,
     )
     operands = Operands(base, factors, plan, weight, bias)
     return get_backend(backend, x.device).prepare(x, operands)

@@ -13,12 +13,16 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+
 FLAGS = {
-    "DEFAULT": [],
-    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "DEFAULT": ["-DCPU_CAPABILITY_DEFAULT"],
+    "AVX2": ["-DCPU_CAPABILITY_AVX2", *AVX2],
+    "AVX512": ["-DCPU_CAPABILITY_AVX512", *AVX512],
+    "AVX512_BF16": ["-DCPU_CAPABILITY_AVX512", *AVX512, "-mavx512bf16"],
 }
-"""The compiler's flags for each of ATen's instruction sets that the kernels are built for."""
+"""The compiler's flags for each instruction set that the kernels are built for."""
 
 
 def library(capability: str) -> str:
@@ -28,8 +32,16 @@ def library(capability: str) -> str:
 
 def flags(capability: str) -> list[str]:
     """All of the compiler's flags for one of `FLAGS`."""
-    macros = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
-    return ["-O3", *macros, *FLAGS[capability]]
+    return ["-O3", f"-DCPU_CAPABILITY={capability}", *FLAGS[capability]]
+
+
+def instructions() -> str:
+    """Those of `FLAGS` for this machine, no more than ATen allows itself."""
+    found = torch.backends.cpu.get_cpu_capability()
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+    if found == "AVX512" and has_bf16():
+        return "AVX512_BF16"
+    return found if found in FLAGS else "DEFAULT"
 
 
 def load_kernels() -> ModuleType:
@@ -37,8 +49,7 @@ def load_kernels() -> ModuleType:
 
     Raises BackendError, with the reason, where there are none and none can be built.
     """
-    found = torch.backends.cpu.get_cpu_capability()
-    capability = found if found in FLAGS else "DEFAULT"
+    capability = instructions()
     name = library(capability)
     built = SOURCE.with_name(f"{name}.so")
     if built.exists():

@@ -1,9 +1,11 @@
 """The operator in C++ for CPUs: what it adds to the base's product, in as few passes as there are.
 
-For fp32 and 16 bits without gradients; with gradients and in fp64 the operator is `eager`'s.
+For fp32 and 16 bits; in fp64, and where W0 has another type than x, the operator is `eager`'s.
 """
 
 from ctypes import Structure, addressof, c_int64, c_void_p
+from functools import partial
+from threading import local
 from typing import ClassVar
 
 import torch
@@ -13,10 +15,10 @@ from torch import Tensor
 from flora.errors import ShapeError
 from flora.ops import Linear, Operands, eager
 from flora.ops.build import load_kernels
-from flora.ops.table import make_table
+from flora.ops.table import Table, make_table
 
-_kernels = load_kernels()
-expand, contract, modulate = _kernels.expand, _kernels.contract, _kernels.modulate
+kernels = load_kernels()
+expand, contract, modulate = kernels.expand, kernels.contract, kernels.modulate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,9 +31,14 @@ def prepare(x_SNI: Tensor, operands: Operands) -> Linear:
     dtype, weight = x_SNI.dtype, operands.weight
     mixed = weight is not None and weight.dtype != dtype
     nothing = operands.factors.out_features is None
-    if operands.plan.grad or mixed or nothing or dtype not in DTYPES:
+    if mixed or nothing or dtype not in DTYPES:
         return eager.prepare(x_SNI, operands)
-    return PreparedLinear(x_SNI, operands)
+    job = Job(x_SNI, operands)
+    if operands.plan.grad:
+        from flora.ops import cpu_autograd
+
+        return partial(cpu_autograd.linear, operands=operands, job=job)
+    return PreparedLinear(job, operands)
 
 
 class _Job(Structure):
@@ -43,19 +50,20 @@ class _Job(Structure):
     ]
 
 
-class PreparedLinear:
-    """A layer in one batch, and the memory that the kernels are given the addresses of.
+class Job:
+    """What the kernels are told of a batch: its table, its factors and its sizes.
 
-    The kernels trust what they are told: sizes are checked, and tensors made contiguous, here.
+    They trust it, so tensors are made contiguous here, and kept as long as it is.
     """
 
     def __init__(self, x_SNI: Tensor, operands: Operands) -> None:
-        factors, weight_OI, bias_O = operands.factors, operands.weight, operands.bias
-        dtype, (S, N, I), O = x_SNI.dtype, x_SNI.shape, factors.out_features or 0  # noqa: E741
-        table = make_table(
+        factors, dtype = operands.factors, x_SNI.dtype
+        self.table: Table = make_table(
             operands.plan, factors.pairs, factors.ranks, factors.biased, x_SNI.device
         )
-        T = len(table.copies)
+        self.dtype = dtype
+        self.x_shape = S, N, I = x_SNI.shape  # noqa: E741
+        self.out_features = O = factors.out_features or 0  # noqa: E741
         parts = {
             "in_pages": (factors.hadamard_in, torch.float32),
             "out_pages": (factors.hadamard_out, torch.float32),
@@ -63,27 +71,45 @@ class PreparedLinear:
             "up": (factors.up, dtype),
             "biases": (factors.bias, dtype),
         }
-        self.tensors = {"rows": table.rows} | {
-            name: part.to(kind).contiguous()
+        self.tensors = {"rows": self.table.rows} | {
+            name: part.detach().to(kind).contiguous()
             for name, (part, kind) in parts.items()
             if part is not None
         }
         addresses = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
-        self.job = _Job(**addresses, S=S, N=N, I=I, O=O, dtype=DTYPES.index(dtype))
-        self.job_at = addressof(self.job)
-        self.bias = None if bias_O is None else bias_O.to(dtype).contiguous()
+        self._job = _Job(**addresses, S=S, N=N, I=I, O=O, dtype=DTYPES.index(dtype))
+        self.at = addressof(self._job)
+        bias_O = operands.bias
+        self.bias = None if bias_O is None else bias_O.detach().to(dtype).contiguous()
         self.bias_at = 0 if self.bias is None else self.bias.data_ptr()
+
+    def check(self, product_TNO: Tensor, copies: int) -> Tensor:
+        """What a black box returned, as the kernels take it. Raises ShapeError."""
+        shape = copies, self.x_shape[1], self.out_features
+        if product_TNO.shape != shape:
+            raise ShapeError(
+                f"the base's product has the shape {list(product_TNO.shape)}, but the factors are "
+                f"for {list(shape)}"
+            )
+        return product_TNO.to(self.dtype).contiguous()
+
+
+class PreparedLinear:
+    """A layer in one batch without gradients, and the memory that it keeps for its steps."""
+
+    def __init__(self, job: Job, operands: Operands) -> None:
+        self.job, self.base, weight_OI = job, operands.base, operands.weight
+        table, (S, N, I), O = job.table, job.x_shape, job.out_features  # noqa: E741
+        self.job_at, self.bias_at, self.scaled = job.at, job.bias_at, table.scaled
         self.segments: list[list[int]] = []
         if table.segments is not None:
             self.segments = table.segments.tolist()
-        self.scaled = table.scaled
-        self.copies_shape, self.product_shape = (T, N, I), (T, N, O)
-        self.y_shape = S, N, O
+        T = len(table.copies)
+        self.copies_shape, self.product_shape, self.y_shape = (T, N, I), (T, N, O), (S, N, O)
         self.kept: tuple[Tensor, int] | None = None
         if T * N * I <= KEPT_COPIES:
-            kept = x_SNI.new_empty(self.copies_shape)
+            kept = torch.empty(self.copies_shape, dtype=job.dtype)
             self.kept = kept, kept.data_ptr()
-        self.base = operands.base
         self.weight = (
             weight_OI.contiguous() if weight_OI is not None and self.segments else weight_OI
         )
@@ -104,10 +130,12 @@ class PreparedLinear:
                 copies_TNI = x_SNI.new_empty(self.copies_shape)
                 copies_at = copies_TNI.data_ptr()
             expand(self.job_at, x_at, copies_at)
-        if self.weight is not None and not self.segments:
-            y_SNO = product_TNO = F.linear(copies_TNI, self.weight)
+        if self.weight is None:
+            y_SNO = product_TNO = self.job.check(self.base(copies_TNI), len(copies_TNI))
+        elif self.segments:
+            y_SNO = product_TNO = self._modulated_product(copies_TNI, self.weight)
         else:
-            y_SNO = product_TNO = self._product(copies_TNI)
+            y_SNO = product_TNO = F.linear(copies_TNI, self.weight)
         product_at = y_at = product_TNO.data_ptr()
         if not self.in_place:
             y_SNO = x_SNI.new_empty(self.y_shape)
@@ -115,21 +143,10 @@ class PreparedLinear:
         contract(self.job_at, product_at, x_at, self.bias_at, y_at)
         return y_SNO
 
-    def _product(self, copies_TNI: Tensor) -> Tensor:
-        if self.weight is not None:
-            return self._modulated_product(copies_TNI, self.weight)
-        product_TNO = self.base(copies_TNI)
-        if product_TNO.shape != self.product_shape:
-            raise ShapeError(
-                f"the base's product has the shape {list(product_TNO.shape)}, but the factors are "
-                f"for {list(self.product_shape)}"
-            )
-        return product_TNO.to(copies_TNI.dtype).contiguous()
-
     def _modulated_product(self, copies_TNI: Tensor, weight_OI: Tensor) -> Tensor:
         """Some copies by W0, and each segment's by W0 as its pages modulate it."""
         product_TNO = copies_TNI.new_empty(self.product_shape)
-        scratch_OI = torch.empty_like(weight_OI)
+        scratch_OI = scratch_like(weight_OI)
 
         def multiply(first: int, count: int, by_OI: Tensor) -> None:
             part = slice(first, first + count)
@@ -143,3 +160,18 @@ class PreparedLinear:
             modulate(self.job_at, first_page, pages, weight_at, scratch_at)
             multiply(first, count, scratch_OI)
         return product_TNO
+
+
+_scratch = local()
+
+
+def scratch_like(weight_OI: Tensor) -> Tensor:
+    """Memory for one modulated W0, which the next layer will use again.
+
+    One a thread and as large as the largest layer: new memory takes longer to get than to fill.
+    """
+    kept: Tensor | None = getattr(_scratch, "bytes", None)
+    if kept is None or kept.numel() < weight_OI.nbytes:
+        with torch.inference_mode(False):
+            kept = _scratch.bytes = torch.empty(weight_OI.nbytes, dtype=torch.uint8)
+    return kept[: weight_OI.nbytes].view(weight_OI.dtype).view_as(weight_OI)

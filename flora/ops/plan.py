@@ -1,5 +1,6 @@
 """How a batch is computed: a pure function of rows, ranks and sizes that never touches a tensor."""
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,7 +16,48 @@ MODULATION_TOKENS = 384
 
 Measured on two Zen 4 cores with plain torch, 576×1536, forward and backward: at 128 tokens a
 segment the weight side overtakes the activation side at four pairs, which is 3·128 tokens more.
+Where a layer's own costs were not measured, this stands for them.
 """
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a layer's two sides cost on a device, in one unit: only sums are compared.
+
+    product:    (tokens, cost) of the product with W0, tokens ascending; linear between two points,
+                and in proportion beyond the last.
+    modulation: of W0 by one pair.
+    pair:       of each further pair.
+    """
+
+    product: tuple[tuple[int, float], ...] = ((1, 1.0),)
+    modulation: float = float(MODULATION_TOKENS)
+    pair: float = 0.0
+
+    def of_product(self, tokens: int) -> float:
+        """Of a product over so many tokens."""
+        if not tokens:
+            return 0.0
+        last, cost = self.product[-1]
+        if tokens >= last:
+            return cost * tokens / last
+        above = bisect(self.product, (tokens, 0.0))
+        right, right_cost = self.product[above]
+        if not above:
+            return right_cost  # a product reads W0 for one token as for a few
+        left, left_cost = self.product[above - 1]
+        return left_cost + (right_cost - left_cost) * (tokens - left) / (right - left)
+
+    def of_modulation(self, pairs: int) -> float:
+        """Of W0 modulated by so many pairs."""
+        return self.modulation + self.pair * (pairs - 1)
+
+
+ACTIVATION_SIDE = Costs(modulation=float("inf"))
+"""Costs that keep every group on the activation side."""
+
+WEIGHT_SIDE = Costs(modulation=float("-inf"))
+"""Costs that put every group on the weight side, if it is scaled at all."""
 
 Index = slice | torch.Tensor | None
 """Rows or pages to take: all of them, a run of them, or a list."""
@@ -104,6 +146,7 @@ def make_plan(
     tokens: int,
     has_weight: bool,
     grad: bool,
+    costs: Costs = Costs(),
 ) -> Plan:
     """Choose a side for each group of rows.
 
@@ -112,6 +155,7 @@ def make_plan(
     tokens:     N, the tokens of each row.
     has_weight: whether W0 can be read, which the weight side needs.
     grad:       whether a backward may follow.
+    costs:      of the layer; a group is moved to the weight side where that lowers their sum.
 
     Raises ShapeError where a row names no group.
     """
@@ -121,11 +165,7 @@ def make_plan(
     for row, group in enumerate(rows):
         rows_of.setdefault(group, []).append(row)
 
-    modulated = {
-        group
-        for group, members in rows_of.items()
-        if has_weight and (pairs[group] - 1) * len(members) * tokens > MODULATION_TOKENS
-    }
+    modulated = _modulated(rows_of, pairs, tokens, costs) if has_weight else set()
     first_page = starts(pairs)
     active = [row for row, group in enumerate(rows) if group not in modulated]
     deepest = max((pairs[rows[row]] for row in active), default=0)
@@ -146,6 +186,25 @@ def make_plan(
         additive=_additive(rows, ranks),
         bias=_bias(rows, biased),
     )
+
+
+def _modulated(
+    rows_of: dict[int, list[int]], pairs: Sequence[int], tokens: int, costs: Costs
+) -> set[int]:
+    """The groups whose W0 is modulated, those with the most copies first."""
+    copies = {group: max(1, pairs[group]) * len(own) * tokens for group, own in rows_of.items()}
+    active, found = sum(copies.values()), set()
+    for group in sorted(copies, key=lambda group: -copies[group]):
+        rest = active - copies[group]
+        moved = (
+            costs.of_product(rest)
+            + costs.of_modulation(pairs[group])
+            + costs.of_product(len(rows_of[group]) * tokens)
+        )
+        if pairs[group] and moved < costs.of_product(active):
+            active = rest
+            found.add(group)
+    return found
 
 
 def _passes(

@@ -15,11 +15,14 @@ from flora.adapters.core import LayerFactors
 from flora.bank import join_factors
 from flora.errors import BackendError, ShapeError
 from flora.ops import BACKENDS
+from flora.ops import adapted_linear as front_door
 from flora.ops.adapted_linear import adapted_linear, prepare
+from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE
 from tests.helpers import assert_no_worse, random_factors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 JUDGED = [name for name in BACKENDS if name != "reference"]
+TRAINED = ["eager", "cpu"]  # Triton's interpreter is too slow for a backward
 
 MIXED = [
     {"pairs": 1},
@@ -154,14 +157,14 @@ def evaluate(layer: Layer, compute: Compute, dtype: torch.dtype | None = None) -
     return {"y": y.detach(), **grads}
 
 
-def check(layer: Layer, *, weight: bool) -> None:
+def check(layer: Layer, *, weight: bool, backend: str = "eager") -> None:
     """Value and gradients are no worse than plain torch's."""
     truth = evaluate(layer, operator("reference", weight=True), torch.float64)
     yardstick = evaluate(layer, plain)
     # In bf16 the two operands of a product are rounded and the sums are not.
     half = layer.x.dtype == torch.bfloat16
     scale = {n: 2 * t for n, t in truth.items()} if half else term_sizes(layer)
-    for name, found in evaluate(layer, operator("eager", weight=weight)).items():
+    for name, found in evaluate(layer, operator(backend, weight=weight)).items():
         assert_no_worse(
             found,
             yardstick[name],
@@ -191,11 +194,10 @@ def absolute(layer: Layer) -> Layer:
 
 @pytest.fixture(params=["activation", "weight"])
 def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forces a side: of the weight side every group with two pairs, at any size."""
-    from flora.ops import plan
-
-    monkeypatch.setattr(plan, "MODULATION_TOKENS", 0)
-    plan.make_plan.cache_clear()
+    """Forces a side: of the weight side every group that is scaled, at any size."""
+    costs = WEIGHT_SIDE if request.param == "weight" else ACTIVATION_SIDE
+    monkeypatch.setattr(front_door, "Costs", lambda: costs)
+    monkeypatch.setattr(front_door, "layer_costs", lambda *_, **__: costs)
     return request.param
 
 
@@ -210,17 +212,27 @@ def test_the_yardstick_and_the_reference_are_the_definition(compute, weight):
         torch.testing.assert_close(found, expected[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("backend", TRAINED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "bias"), [(1, True), (3, False), (17, True)])
-def test_value_and_gradients(side, dtype, tokens, bias):
+def test_value_and_gradients(side, backend, dtype, tokens, bias):
     layer = make_layer(MIXED, MIXED_ROWS, dtype=dtype, tokens=tokens, bias=bias)
-    check(layer, weight=side == "weight")
+    check(layer, weight=side == "weight", backend=backend)
 
 
+@pytest.mark.parametrize("backend", TRAINED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", MIXED, ids=str)
-def test_one_adapter_for_all_rows(side, group, dtype):
-    check(make_layer([group], [0, 0, 0], dtype=dtype), weight=side == "weight")
+def test_one_adapter_for_all_rows(side, backend, group, dtype):
+    check(make_layer([group], [0, 0, 0], dtype=dtype), weight=side == "weight", backend=backend)
+
+
+@pytest.mark.parametrize("backend", TRAINED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_one_pair_or_none(backend, dtype):
+    """Nothing is copied: what is scaled stays in its place, forward and backward."""
+    groups = [{"pairs": 1}, None, {"pairs": 1, "bias": True}]
+    check(make_layer(groups, [2, 0, 1, 0], dtype=dtype, tokens=7), weight=False, backend=backend)
 
 
 def test_beyond_the_modulation_the_plan_takes_the_weight_side_by_itself():
@@ -254,9 +266,10 @@ def layers(
     )
 
 
+@pytest.mark.parametrize("backend", TRAINED)
 @given(layers(), st.booleans())
-def test_any_mix(layer, weight):
-    check(layer, weight=weight)
+def test_any_mix(backend, layer, weight):
+    check(layer, weight=weight, backend=backend)
 
 
 @pytest.mark.parametrize("backend", JUDGED)

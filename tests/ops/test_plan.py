@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from flora.errors import ShapeError
-from flora.ops.plan import MODULATION_TOKENS, Pass, Plan, Segment, make_plan
+from flora.ops.plan import (
+    ACTIVATION_SIDE,
+    MODULATION_TOKENS,
+    WEIGHT_SIDE,
+    Costs,
+    Pass,
+    Plan,
+    Segment,
+    make_plan,
+)
 
 
 def plan(rows, pairs, ranks=None, biased=None, **settings) -> Plan:
@@ -79,3 +88,32 @@ def test_a_plan_and_its_indices_are_made_once():
 def test_a_row_without_a_group_is_an_error(rows):
     with pytest.raises(ShapeError, match="there are 2"):
         plan(rows, [1, 1])
+
+
+def test_a_products_cost_is_linear_between_what_was_measured():
+    costs = Costs(product=((2, 10.0), (8, 16.0), (32, 64.0)))
+    assert [costs.of_product(n) for n in (0, 1, 2, 5, 8, 20, 32, 64)] == [
+        0, 10, 10, 13, 16, 40, 64, 128,
+    ]  # fmt: skip
+    assert Costs(modulation=7, pair=2).of_modulation(4) == 13
+
+
+def test_a_group_moves_where_that_lowers_the_sum():
+    # A product is free up to 8 tokens, so that copies cost nothing there.
+    flat = Costs(product=((8, 10.0), (16, 20.0)), modulation=5.0, pair=1.0)
+    assert plan([0], [8], tokens=1, costs=flat).weight_side == ()
+    # 8 rows of 2 pairs: 16 copies cost 20, a modulation and a product 5 + 1 + 10.
+    assert plan([0] * 8, [2], costs=flat).weight_side
+    # Four adapters of two rows each: each modulation would save nothing.
+    assert plan([0, 0, 1, 1, 2, 2, 3, 3], [2] * 4, costs=flat).weight_side == ()
+    # The deepest goes first, and then the other's copies are few enough to stay.
+    both = plan([0] * 4 + [1] * 4, [2, 8], costs=flat)
+    assert [segment.pages for segment in both.weight_side] == [tuple(range(2, 10))]
+
+
+def test_a_side_can_be_forced():
+    rows, pairs = [0, 1, 2], [1, 3, 0]
+    assert plan(rows, pairs, tokens=10**6, costs=ACTIVATION_SIDE).weight_side == ()
+    forced = plan(rows, pairs, costs=WEIGHT_SIDE)
+    assert [segment.rows for segment in forced.weight_side] == [(0,), (1,)]
+    assert forced.passes == (Pass((2,), None),)

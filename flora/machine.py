@@ -1,0 +1,22 @@
+"""The machine that flora runs on: its name for records, and where things of it are kept."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """`$FLORA_CACHE`, or else `flora` in the user's cache folder; it need not exist yet."""
+    if own := os.environ.get("FLORA_CACHE"):
+        return Path(own).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "flora"
+
+
+def processor() -> str:
+    """The processor's name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

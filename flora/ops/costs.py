@@ -1,0 +1,177 @@
+"""What a layer's two sides cost on this machine: measured once, and kept in the cache folder."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flora.machine import cache_folder, processor
+from flora.ops import Operands, get_backend
+from flora.ops.factors import BatchFactors
+from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE, Costs, make_plan
+
+logger = logging.getLogger(__name__)
+
+COPIES = (2, 8, 32, 128, 512)
+"""Of one token by one pair, through W0; a large layer is measured at the first few."""
+
+LAYER_SECONDS = 0.2
+"""What a layer's measurement may take before it goes to no more copies."""
+
+TIMED_SECONDS = 0.01
+"""What is timed is repeated for so long, and the shortest time counts."""
+
+MOST_PAIRS = 16
+
+
+class _Layer(NamedTuple):
+    """What costs depend on, beside the machine."""
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    device: torch.device
+    backend: str
+    grad: bool
+
+
+_known: dict[_Layer, Costs] = {}
+
+
+def layer_costs(weight_OI: Tensor, backend: str, *, grad: bool) -> Costs:
+    """The costs in seconds of layers like this one; with `grad` those of forward and backward.
+
+    Where they are not known yet, they are measured, in about half a second.
+    """
+    O, I = weight_OI.shape  # noqa: E741
+    layer = _Layer(O, I, weight_OI.dtype, weight_OI.device, backend, grad)
+    if layer in _known:
+        return _known[layer]
+    if layer.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return Costs()  # nothing can be timed while a graph is captured
+    path = _path(layer)
+    costs = _read(path)
+    if costs is None:
+        start = time.perf_counter()
+        costs = _measure(weight_OI.detach(), backend, grad=grad)
+        logger.info("measured %s in %.2f s: %s", layer, time.perf_counter() - start, costs)
+        _write(path, costs)
+    _known[layer] = costs
+    return costs
+
+
+def forget_costs() -> None:
+    """Have the costs of all layers measured again."""
+    _known.clear()
+    shutil.rmtree(_folder(), ignore_errors=True)
+
+
+def _folder() -> Path:
+    return cache_folder() / "costs"
+
+
+def _path(layer: _Layer) -> Path:
+    cuda = layer.device.type == "cuda"
+    machine = (
+        torch.cuda.get_device_name(layer.device) if cuda else processor(),
+        torch.backends.cpu.get_cpu_capability(),
+        torch.get_num_threads(),
+        torch.__version__,
+    )
+    key = json.dumps([*map(str, (*layer, *machine))])
+    return _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def _read(path: Path) -> Costs | None:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(Costs).validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None  # not measured yet, or not by this version
+
+
+def _write(path: Path, costs: Costs) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(asdict(costs), file)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning("a layer's costs cannot be kept, and are measured in each run: %s", error)
+
+
+def _measure(weight_OI: Tensor, backend: str, *, grad: bool) -> Costs:
+    _layer(weight_OI, backend, 1, 2, WEIGHT_SIDE, grad=grad)()  # what happens once in a process
+    deadline = time.perf_counter() + LAYER_SECONDS
+    product = []
+    for copies in COPIES:
+        run = _layer(weight_OI, backend, copies // 2, 2, ACTIVATION_SIDE, grad=grad)
+        product.append((copies, _seconds(run, weight_OI.device)))
+        if time.perf_counter() > deadline:
+            break
+    few, many = (
+        _seconds(_layer(weight_OI, backend, 1, pairs, WEIGHT_SIDE, grad=grad), weight_OI.device)
+        for pairs in (1, MOST_PAIRS)
+    )
+    return Costs(
+        product=tuple(product),
+        modulation=max(0.0, few - product[0][1]),
+        pair=max(0.0, (many - few) / (MOST_PAIRS - 1)),
+    )
+
+
+def _layer(
+    weight_OI: Tensor, backend: str, tokens: int, pairs: int, side: Costs, *, grad: bool
+) -> Callable[[], object]:
+    """The operator for one row, with one adapter, on a side that is given."""
+    O, I = weight_OI.shape  # noqa: E741
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        x_SNI = weight_OI.new_ones(1, tokens, I).requires_grad_(grad)
+        exact = torch.promote_types(weight_OI.dtype, torch.float32)
+        in_PI, out_PO = (
+            weight_OI.new_ones(pairs + 1, width, dtype=exact).requires_grad_(grad)
+            for width in (I, O)
+        )
+        factors = BatchFactors(
+            pairs=(pairs,), ranks=(0,), biased=(False,), hadamard_in=in_PI, hadamard_out=out_PO
+        )
+        plan = make_plan(
+            (0,), (pairs,), (0,), (False,), tokens=tokens, has_weight=True, grad=grad, costs=side
+        )
+        base = partial(F.linear, weight=weight_OI)
+        operands = Operands(base, factors, plan, weight_OI, None)
+        linear = get_backend(backend, weight_OI.device).prepare(x_SNI, operands)
+    dy_SNO = weight_OI.new_ones(1, tokens, O)
+
+    def run() -> None:
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            y_SNO = linear(x_SNI)
+            if grad:
+                torch.autograd.grad(y_SNO, (x_SNI, in_PI, out_PO), dy_SNO)
+
+    return run
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The shortest of several times, as what disturbs only adds."""
+    run()
+    shortest, deadline = float("inf"), time.perf_counter() + TIMED_SECONDS
+    while (start := time.perf_counter()) < deadline or shortest == float("inf"):
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        shortest = min(shortest, time.perf_counter() - start)
+    return shortest

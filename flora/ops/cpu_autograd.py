@@ -1,0 +1,195 @@
+"""The C++ kernels with gradients: as in `autograd`, in fewer passes.
+
+What is fused is what training spends its time in: rows that are scaled once, and modulated W0s. The
+rest is `eager`'s.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flora.ops import Operands, eager
+from flora.ops.autograd import take
+from flora.ops.cpu import Job, contract, expand, kernels, modulate, scratch_like
+from flora.ops.plan import Index
+
+CHUNK_ROWS = 64
+MOST_CHUNKS = 16
+"""W0's rows in chunks, each with gradients of its own until they are summed."""
+
+
+def linear(x_SNI: Tensor, operands: Operands, job: Job) -> Tensor:
+    """The operator; see `adapted_linear`."""
+    factors, plan, table = operands.factors, operands.plan, job.table
+    frozen = operands.bias is None or not operands.bias.requires_grad
+    if table.scaled and table.in_order and frozen and not plan.additive:
+        x_SNI = x_SNI.contiguous()
+        copies_SNI = Expanded.apply(x_SNI, factors.hadamard_in, job)  # type: ignore[no-untyped-call]
+        product_SNO = job.check(operands.base(copies_SNI), len(table.rows))
+        return Contracted.apply(  # type: ignore[no-untyped-call, no-any-return]
+            product_SNO, factors.hadamard_out, factors.bias, job
+        )
+    return eager.linear(x_SNI, operands, weight_side=partial(_weight_side, job=job))
+
+
+def _weight_side(x_SNI: Tensor, operands: Operands, job: Job) -> Iterator[tuple[Index, Tensor]]:
+    if operands.plan.weight_side:
+        factors = operands.factors
+        yield (
+            None,
+            ModulatedRows.apply(  # type: ignore[no-untyped-call]
+                x_SNI, operands.weight, factors.hadamard_in, factors.hadamard_out, operands, job
+            ),
+        )
+
+
+class Expanded(torch.autograd.Function):
+    """b ∘ x where each row has one copy, in its own place."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SNI: Tensor, in_PI: Tensor, job: Job) -> Tensor:
+        ctx.save_for_backward(x_SNI)
+        ctx.job, ctx.like = job, in_PI
+        copies_SNI = torch.empty_like(x_SNI)
+        expand(job.at, x_SNI.data_ptr(), copies_SNI.data_ptr())
+        return copies_SNI
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dcopies_SNI: Tensor) -> tuple[Tensor | None, ...]:
+        (x_SNI,) = ctx.saved_tensors
+        return *_scale_gradients(dcopies_SNI, x_SNI, ctx.like, ctx.job, of_out=False), None
+
+
+class Contracted(torch.autograd.Function):
+    """a ∘ product + bias, rounded once, where each row has one copy, in its own place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, product_SNO: Tensor, out_PO: Tensor, bias_pages: Tensor | None, job: Job
+    ) -> Tensor:
+        ctx.save_for_backward(product_SNO)
+        ctx.job, ctx.like, ctx.bias = job, out_PO, bias_pages
+        y_SNO = torch.empty_like(product_SNO)
+        contract(job.at, product_SNO.data_ptr(), 0, job.bias_at, y_SNO.data_ptr())
+        return y_SNO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_SNO: Tensor) -> tuple[Tensor | None, ...]:
+        (product_SNO,) = ctx.saved_tensors
+        job: Job = ctx.job
+        dbias = None
+        if ctx.needs_input_grad[2]:
+            of_row = job.table.rows[:, 5]
+            own = (of_row >= 0).nonzero().squeeze(1)
+            dbias_SO = dy_SNO.sum(1, dtype=torch.float32)[own]
+            dbias = torch.zeros(ctx.bias.shape).index_add_(0, of_row[own], dbias_SO)
+            dbias = dbias.to(ctx.bias.dtype)
+        scaled = _scale_gradients(dy_SNO, product_SNO, ctx.like, job, of_out=True)
+        return *scaled, dbias, None
+
+
+def _scale_gradients(
+    dy_SNX: Tensor, v_SNX: Tensor, pages_PX: Tensor, job: Job, *, of_out: bool
+) -> tuple[Tensor, Tensor]:
+    """Of v ∘ page: that of v, and that of all pages."""
+    dy_SNX = dy_SNX.contiguous()
+    dv_SNX = torch.empty_like(dy_SNX)
+    sums_SX = dy_SNX.new_empty(dy_SNX.shape[0], dy_SNX.shape[2], dtype=torch.float32)
+    kernels.scale_gradients(
+        job.at, of_out, dy_SNX.data_ptr(), v_SNX.data_ptr(), dv_SNX.data_ptr(), sums_SX.data_ptr()
+    )
+    # Base rows have no page, and sums of zeros; the last page is that of ones.
+    of_row = job.table.rows[:, 2] % len(pages_PX)
+    dpages_PX = torch.zeros(pages_PX.shape).index_add_(0, of_row, sums_SX)
+    return dv_SNX, dpages_PX.to(pages_PX.dtype)
+
+
+class ModulatedRows(torch.autograd.Function):
+    """`autograd.ModulatedLinear` for all segments of a batch; zeros in its other rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_SNI: Tensor,
+        weight_OI: Tensor,
+        in_PI: Tensor,
+        out_PO: Tensor,
+        operands: Operands,
+        job: Job,
+    ) -> Tensor:
+        x_SNI, weight_OI = x_SNI.contiguous(), weight_OI.contiguous()
+        ctx.save_for_backward(x_SNI, weight_OI)
+        ctx.operands, ctx.job, ctx.like = operands, job, (in_PI, out_PO)
+        y_SNO = _rows_like(x_SNI, weight_OI.shape[0], job)
+        for rows, first_page, pages in _segments(operands, x_SNI):
+            by_OI = _modulated(weight_OI, first_page, pages, job)
+            _put(y_SNO, rows, take(x_SNI, rows), by_OI.T)
+        return y_SNO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_SNO: Tensor) -> tuple[Tensor | None, ...]:
+        x_SNI, weight_OI = ctx.saved_tensors
+        operands, job, (in_PI, out_PO) = ctx.operands, ctx.job, ctx.like
+        dy_SNO = dy_SNO.contiguous()
+        dx = din = dout = None
+        if ctx.needs_input_grad[0]:
+            dx = _rows_like(dy_SNO, weight_OI.shape[1], job)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            din, dout = torch.zeros(in_PI.shape), torch.zeros(out_PO.shape)
+        for rows, first_page, pages in _segments(operands, x_SNI):
+            dy = take(dy_SNO, rows)
+            if dx is not None:
+                _put(dx, rows, dy, _modulated(weight_OI, first_page, pages, job))
+            if din is not None and dout is not None:
+                g_OI = scratch_like(weight_OI)
+                torch.mm(dy.flatten(0, 1).T, take(x_SNI, rows).flatten(0, 1), out=g_OI)
+                own = slice(first_page, first_page + pages)
+                chunks = min(MOST_CHUNKS, -(-len(g_OI) // CHUNK_ROWS))
+                parts = torch.zeros(chunks, pages, in_PI.shape[1])
+                kernels.modulation_gradients(
+                    job.at,
+                    first_page,
+                    pages,
+                    chunks,
+                    g_OI.data_ptr(),
+                    weight_OI.data_ptr(),
+                    parts.data_ptr(),
+                    dout[own].data_ptr(),
+                )
+                torch.sum(parts, 0, out=din[own])
+        return dx, None, din, dout, None, None
+
+
+def _segments(operands: Operands, x_SNI: Tensor) -> Iterator[tuple[Index, int, int]]:
+    """Each one's rows, first page and pages, which stand together."""
+    on = operands.plan.on(x_SNI.device)
+    for (rows, _), segment in zip(on.weight_side, operands.plan.weight_side, strict=True):
+        pages = segment.pages or ()
+        yield rows, pages[0], len(pages)
+
+
+def _modulated(weight_OI: Tensor, first_page: int, pages: int, job: Job) -> Tensor:
+    by_OI = scratch_like(weight_OI)
+    modulate(job.at, first_page, pages, weight_OI.data_ptr(), by_OI.data_ptr())
+    return by_OI
+
+
+def _put(y_SNX: Tensor, rows: Index, x_CNX: Tensor, by: Tensor) -> None:
+    """A product into its rows of y."""
+    if rows is None or isinstance(rows, slice):
+        torch.mm(x_CNX.flatten(0, 1), by, out=take(y_SNX, rows).flatten(0, 1))
+    else:
+        y_SNX[rows] = (x_CNX.flatten(0, 1) @ by).unflatten(0, x_CNX.shape[:2])
+
+
+def _rows_like(x_SNX: Tensor, width: int, job: Job) -> Tensor:
+    """For rows that the segments fill; zeros where some are not theirs."""
+    shape = *x_SNX.shape[:2], width
+    return x_SNX.new_zeros(shape) if job.table.active else x_SNX.new_empty(shape)

@@ -1,0 +1,58 @@
+"""Turns: A B A B, the first not counted; ratios of neighbours."""
+
+import pytest
+
+from flora.bench import turns
+from flora.bench.turns import measure_in_turns, speed_ratio
+
+
+class Clock:
+    """Time that only what is measured spends."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.ran: list[str] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def system(self, name: str, *seconds: float):
+        left = list(seconds)
+
+        def run() -> None:
+            self.ran.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(turns, "time", clock)
+    return clock
+
+
+def test_the_first_turn_does_not_count(clock):
+    systems = {"a": clock.system("a", 100.0, 1.0, 2.0), "b": clock.system("b", 50.0, 3.0)}
+    told: list[str] = []
+    found = measure_in_turns(systems, repeats=2, after_turn=told.append)
+    assert found == {"a": [1.0, 2.0], "b": [3.0, 3.0]}
+    assert clock.ran == told == ["a", "b"] * 3
+
+
+def test_short_turns_go_on(clock):
+    found = measure_in_turns({"a": clock.system("a", 0.5)}, repeats=1, least_seconds=3.0)
+    assert len(found["a"]) == 5
+    found = measure_in_turns({"a": clock.system("a", 0.0)}, repeats=1, least_seconds=3.0)
+    assert len(found["a"]) == turns.MOST_TURNS
+
+
+def test_a_warm_turn_runs_twice_and_the_second_counts(clock):
+    found = measure_in_turns({"a": clock.system("a", 9.0, 9.0, 8.0, 1.0)}, repeats=1, warm=True)
+    assert found == {"a": [1.0]}
+
+
+def test_a_ratio_is_that_of_neighbours():
+    # The machine is three times slower in its second half; the system is twice as slow as the base.
+    assert speed_ratio([2, 2, 6, 6, 6], [1, 1, 3, 3, 3]) == 0.5

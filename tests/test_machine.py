@@ -1,0 +1,24 @@
+"""Where things are kept, and what the processor is called."""
+
+from pathlib import Path
+
+import pytest
+
+from flora.machine import cache_folder, processor
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/xdg")
+    monkeypatch.setenv("FLORA_CACHE", "~/mine")
+    assert cache_folder() == Path("/home/someone/mine")
+    monkeypatch.delenv("FLORA_CACHE")
+    assert cache_folder() == Path("/var/xdg/flora")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder() == Path("/home/someone/.cache/flora")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path("/home/someone/.cache/flora")
+
+
+def test_the_processor_has_a_name():
+    assert processor()
