@@ -208,7 +208,12 @@ def test_the_page_of_the_structure_has_each_module():
 
 
 @pytest.mark.parametrize(
-    ("page", "results"), [("README.md", "demo.json"), ("docs/bench.md", "generate.json")]
+    ("page", "results"),
+    [
+        ("README.md", "demo.json"),
+        ("docs/bench.md", "generate.json"),
+        ("docs/bench.md", "train.json"),
+    ],
 )
 def test_a_page_quotes_what_was_measured(page, results):
     records = json.loads((ROOT / "docs/results" / results).read_text())
