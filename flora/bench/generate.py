@@ -16,8 +16,7 @@ from flora.adapters.core import Adapter
 from flora.base import ModelBase
 from flora.bench.adapters import Spec
 from flora.bench.limit import bandwidth, synchronize
-from flora.bench.turns import measure_in_turns, speed_ratio
-from flora.errors import UsageError
+from flora.bench.turns import check_systems, measure_in_turns, speed_ratio
 from flora.ops.plan import MODULATION_TOKENS
 
 SYSTEMS = ("flora", "peft", "peft-one")
@@ -55,8 +54,7 @@ def measure(
     A record's limit: W0 has to be read for each pair of a row, or modulated for each adapter,
     whichever is faster, and the factors have to be read. Raises UsageError for another system.
     """
-    if unknown := set(systems) - set(SYSTEMS):
-        raise UsageError(f"no such systems: {', '.join(unknown)}; there are {', '.join(SYSTEMS)}")
+    check_systems(systems, SYSTEMS)
     trainable = {p: p.requires_grad for p in model.parameters()}
     plain = share_weights(model)
     base = ModelBase(plain)

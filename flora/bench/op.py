@@ -13,8 +13,7 @@ from torch import Tensor
 from flora.adapters.core import LayerFactors
 from flora.bank import join_factors
 from flora.bench.limit import bandwidth, synchronize
-from flora.bench.turns import measure_in_turns, speed_ratio
-from flora.errors import UsageError
+from flora.bench.turns import check_systems, measure_in_turns, speed_ratio
 from flora.ops.adapted_linear import prepare
 from flora.ops.costs import layer_costs
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE, Costs, make_plan
@@ -65,8 +64,7 @@ def measure(
     additive part's operations at the speed that the base has with many rows.
     Raises UsageError for another system.
     """
-    if unknown := set(systems) - set(SYSTEMS):
-        raise UsageError(f"no such systems: {', '.join(unknown)}; there are {', '.join(SYSTEMS)}")
+    check_systems(systems, SYSTEMS)
     generator = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, generator=generator)
     weight_OI = normal(load.out_features, load.in_features) / load.in_features**0.5

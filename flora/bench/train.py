@@ -13,8 +13,7 @@ from flora.adapters.targets import ALL_LINEAR
 from flora.bench.adapters import Spec
 from flora.bench.generate import share_weights
 from flora.bench.limit import memory_peak, synchronize
-from flora.bench.turns import measure_in_turns, speed_ratio
-from flora.errors import UsageError
+from flora.bench.turns import check_systems, measure_in_turns, speed_ratio
 from flora.hosts.loading import load_model
 
 SYSTEMS = ("flora", "peft", "peft-one")
@@ -73,8 +72,7 @@ def peak_bytes(model: str, spec: Spec, system: str, load: Load) -> dict[str, int
 
 def trainable(specs: Sequence[Spec], systems: Sequence[str]) -> Iterator[tuple[Spec, str]]:
     """Each kind with the systems that train it. Raises UsageError for another system."""
-    if unknown := set(systems) - set(SYSTEMS):
-        raise UsageError(f"no such systems: {', '.join(unknown)}; there are {', '.join(SYSTEMS)}")
+    check_systems(systems, SYSTEMS)
     for spec in specs:
         for system in systems:
             if system == "flora" or spec.name == "LORA":

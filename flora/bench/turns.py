@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
+from flora.errors import UsageError
+
 MOST_TURNS = 200
 
 
@@ -39,6 +41,12 @@ def measure_in_turns(
             after_turn(name)
         turns += 1
     return {name: values[1:] for name, values in seconds.items()}
+
+
+def check_systems(systems: Sequence[str], known: Sequence[str]) -> None:
+    """Raises UsageError for a system that a study does not know."""
+    if unknown := [name for name in systems if name not in known]:
+        raise UsageError(f"no such systems: {', '.join(unknown)}; there are {', '.join(known)}")
 
 
 def speed_ratio(system: Sequence[float], base: Sequence[float]) -> float:

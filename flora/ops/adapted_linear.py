@@ -81,8 +81,7 @@ def prepare(
     )
     if costs is None:
         costs = Costs()
-        more = sum(max(0, factors.pairs[row] - 1) for row in rows if 0 <= row < len(factors.pairs))
-        if weight is not None and more * x.shape[1] > FEW_COPIES:
+        if weight is not None and _more_copies(factors, rows) * x.shape[1] > FEW_COPIES:
             costs = layer_costs(weight, backend, grad=grad)
     plan = make_plan(
         rows,
@@ -96,6 +95,12 @@ def prepare(
     )
     operands = Operands(base, factors, plan, weight, bias)
     return get_backend(backend, x.device).prepare(x, operands)
+
+
+def _more_copies(factors: BatchFactors, rows: Sequence[int]) -> int:
+    """How many more than rows the activation side has; what a wrong row means the plan says."""
+    groups = range(len(factors.pairs))
+    return sum(max(0, factors.pairs[row] - 1) for row in rows if row in groups)
 
 
 def _without_autocast(

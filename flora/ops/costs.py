@@ -53,7 +53,7 @@ _known: dict[_Layer, Costs] = {}
 def layer_costs(weight_OI: Tensor, backend: str, *, grad: bool) -> Costs:
     """The costs in seconds of layers like this one; with `grad` those of forward and backward.
 
-    Where they are not known yet, they are measured, in about half a second.
+    Where they are not known yet they are measured: in less than a second, or two for a large layer.
     """
     O, I = weight_OI.shape  # noqa: E741
     layer = _Layer(O, I, weight_OI.dtype, weight_OI.device, backend, grad)
@@ -114,16 +114,16 @@ def _write(path: Path, costs: Costs) -> None:
 
 
 def _measure(weight_OI: Tensor, backend: str, *, grad: bool) -> Costs:
-    _layer(weight_OI, backend, 1, 2, WEIGHT_SIDE, grad=grad)()  # what happens once in a process
+    _one_row(weight_OI, backend, 1, 2, WEIGHT_SIDE, grad=grad)()  # what happens once in a process
     deadline = time.perf_counter() + LAYER_SECONDS
     product = []
     for copies in COPIES:
-        run = _layer(weight_OI, backend, copies // 2, 2, ACTIVATION_SIDE, grad=grad)
+        run = _one_row(weight_OI, backend, copies // 2, 2, ACTIVATION_SIDE, grad=grad)
         product.append((copies, _seconds(run, weight_OI.device)))
         if time.perf_counter() > deadline:
             break
     few, many = (
-        _seconds(_layer(weight_OI, backend, 1, pairs, WEIGHT_SIDE, grad=grad), weight_OI.device)
+        _seconds(_one_row(weight_OI, backend, 1, pairs, WEIGHT_SIDE, grad=grad), weight_OI.device)
         for pairs in (1, MOST_PAIRS)
     )
     return Costs(
@@ -133,7 +133,7 @@ def _measure(weight_OI: Tensor, backend: str, *, grad: bool) -> Costs:
     )
 
 
-def _layer(
+def _one_row(
     weight_OI: Tensor, backend: str, tokens: int, pairs: int, side: Costs, *, grad: bool
 ) -> Callable[[], object]:
     """The operator for one row, with one adapter, on a side that is given."""

@@ -14,7 +14,15 @@ from torch.autograd.function import once_differentiable
 
 from flora.ops import Operands, eager
 from flora.ops.autograd import take
-from flora.ops.cpu import Job, contract, expand, kernels, modulate, scratch_like
+from flora.ops.cpu_kernels import (
+    Job,
+    contract,
+    expand,
+    modulate,
+    modulation_gradients,
+    scale_gradients,
+    scratch_like,
+)
 from flora.ops.plan import Index
 
 CHUNK_ROWS = 64
@@ -29,7 +37,7 @@ def linear(x_SNI: Tensor, operands: Operands, job: Job) -> Tensor:
     if table.scaled and table.in_order and frozen and not plan.additive:
         x_SNI = x_SNI.contiguous()
         copies_SNI = Expanded.apply(x_SNI, factors.hadamard_in, job)  # type: ignore[no-untyped-call]
-        product_SNO = job.check(operands.base(copies_SNI), len(table.rows))
+        product_SNO = job.check(operands.base(copies_SNI))
         return Contracted.apply(  # type: ignore[no-untyped-call, no-any-return]
             product_SNO, factors.hadamard_out, factors.bias, job
         )
@@ -101,7 +109,7 @@ def _scale_gradients(
     dy_SNX = dy_SNX.contiguous()
     dv_SNX = torch.empty_like(dy_SNX)
     sums_SX = dy_SNX.new_empty(dy_SNX.shape[0], dy_SNX.shape[2], dtype=torch.float32)
-    kernels.scale_gradients(
+    scale_gradients(
         job.at, of_out, dy_SNX.data_ptr(), v_SNX.data_ptr(), dv_SNX.data_ptr(), sums_SX.data_ptr()
     )
     # Base rows have no page, and sums of zeros; the last page is that of ones.
@@ -153,7 +161,7 @@ class ModulatedRows(torch.autograd.Function):
                 own = slice(first_page, first_page + pages)
                 chunks = min(MOST_CHUNKS, -(-len(g_OI) // CHUNK_ROWS))
                 parts = torch.zeros(chunks, pages, in_PI.shape[1])
-                kernels.modulation_gradients(
+                modulation_gradients(
                     job.at,
                     first_page,
                     pages,
