@@ -1,7 +1,7 @@
 """Tokens per second of `generate` in the transformers host, beside the base's and PEFT's."""
 
-import copy
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -16,6 +16,7 @@ from flora.adapters.core import Adapter
 from flora.base import ModelBase
 from flora.bench.adapters import Spec
 from flora.bench.limit import bandwidth, synchronize
+from flora.bench.sharing import keep_flags, share_weights
 from flora.bench.turns import check_systems, measure_in_turns, speed_ratio
 from flora.ops.plan import MODULATION_TOKENS
 
@@ -55,42 +56,37 @@ def measure(
     whichever is faster, and the factors have to be read. Raises UsageError for another system.
     """
     check_systems(systems, SYSTEMS)
-    trainable = {p: p.requires_grad for p in model.parameters()}
-    plain = share_weights(model)
-    base = ModelBase(plain)
-    own = f"base of {load.rows} rows"
-    runs = {own: _generates(plain, load, load.rows)}
-    records: list[dict[str, Any]] = [
-        {"system": "base", "kind": None, "rank": None, "run": own, "limit": (None, 0.0)}
-    ]
-    adapters: dict[str, Adapter] = {}
-    for number, mix in enumerate(mixes):
-        distinct = [mix[i % len(mix)] for i in range(load.distinct)]
-        facts = _facts(mix)
-        if "flora" in systems:
-            made = {f"{number}-{i}": spec.adapter(base, i) for i, spec in enumerate(distinct)}
-            adapters |= made
-            rows = _rows(list(made), load)
-            wide, bytes_read = _limit(made, rows, load, base)
-            runs[run := f"flora {number}"] = _generates(model, load, load.rows, rows)
-            if wide:
-                runs.setdefault(f"base of {wide} rows", _generates(plain, load, wide))
-            records.append({"system": "flora", "run": run, "limit": (wide, bytes_read)} | facts)
-        for system in systems:
-            if (loaded := _in_peft(system, mix, load, plain, base)) is not None:
-                names = list(loaded.peft_config)
-                named = None if system == "peft-one" else _rows(names, load)
-                runs[run := f"{system} {number}"] = _generates(loaded, load, load.rows, named)
-                records.append({"system": system, "run": run, "distinct": len(names)} | facts)
-    if adapters:
-        flora.attach(model, adapters)
-    try:
-        seconds = measure_in_turns(runs, repeats=repeats, after_turn=after_turn)
-    finally:
+    with keep_flags(model), ExitStack() as stack:
+        plain = share_weights(model)
+        base = ModelBase(plain)
+        own = f"base of {load.rows} rows"
+        runs = {own: _generates(plain, load, load.rows)}
+        records: list[dict[str, Any]] = [
+            {"system": "base", "kind": None, "rank": None, "run": own, "limit": (None, 0.0)}
+        ]
+        adapters: dict[str, Adapter] = {}
+        for number, mix in enumerate(mixes):
+            distinct = [mix[i % len(mix)] for i in range(load.distinct)]
+            facts = _facts(mix)
+            if "flora" in systems:
+                made = {f"{number}-{i}": spec.adapter(base, i) for i, spec in enumerate(distinct)}
+                adapters |= made
+                rows = _rows(list(made), load)
+                wide, bytes_read = _limit(made, rows, load, base)
+                runs[run := f"flora {number}"] = _generates(model, load, load.rows, rows)
+                if wide:
+                    runs.setdefault(f"base of {wide} rows", _generates(plain, load, wide))
+                records.append({"system": "flora", "run": run, "limit": (wide, bytes_read)} | facts)
+            for system in systems:
+                if (loaded := _in_peft(system, mix, load, plain, base)) is not None:
+                    names = list(loaded.peft_config)
+                    named = None if system == "peft-one" else _rows(names, load)
+                    runs[run := f"{system} {number}"] = _generates(loaded, load, load.rows, named)
+                    records.append({"system": system, "run": run, "distinct": len(names)} | facts)
         if adapters:
-            flora.detach(model)
-        for parameter, flag in trainable.items():  # PEFT froze what it shares
-            parameter.requires_grad_(flag)
+            flora.attach(model, adapters)
+            stack.callback(flora.detach, model)
+        seconds = measure_in_turns(runs, repeats=repeats, after_turn=after_turn)
     for record in records:
         found = seconds[record.pop("run")]
         record["tokens_per_second"] = load.rows * load.new_tokens / median(found)
@@ -102,11 +98,6 @@ def measure(
             record["ratio_to_limit"] = speed_ratio(found, [s + added for s in known])
         record |= asdict(load) | record
     return records
-
-
-def share_weights(model: Any) -> Any:
-    """Another model of the same weights, which nothing is attached to."""
-    return copy.deepcopy(model, {id(p): p for p in [*model.parameters(), *model.buffers()]})
 
 
 def _rows(names: Sequence[str], load: Load) -> list[str]:
@@ -137,13 +128,13 @@ def _in_peft(
     system: str, mix: Sequence[Spec], load: Load, plain: Any, base: ModelBase
 ) -> Any | None:
     """PEFT's model with the same adapters; None where PEFT does not run them."""
-    from peft import PeftModel
-
     spec = mix[0]
     if system == "flora" or len(mix) > 1 or spec.kind == "FLORA":
         return None
     if system == "peft" and (spec.kind != "LORA" or "use_dora" in spec.flags):
         return None
+    from peft import PeftModel
+
     count = 1 if system == "peft-one" else load.distinct
     with TemporaryDirectory() as scratch:
         folders = {f"adapter{i}": Path(scratch, str(i)) for i in range(count)}

@@ -11,10 +11,12 @@ import torch
 
 from flora.adapters.targets import ALL_LINEAR
 from flora.bench.adapters import Spec
-from flora.bench.generate import share_weights
 from flora.bench.limit import memory_peak, synchronize
+from flora.bench.sharing import keep_flags, share_weights
 from flora.bench.turns import check_systems, measure_in_turns, speed_ratio
 from flora.hosts.loading import load_model
+from flora.training.data import RowBatch
+from flora.training.trainer import JointTrainer, parse_recipe
 
 SYSTEMS = ("flora", "peft", "peft-one")
 """All adapters in one batch; PEFT's LoRA adapters one after the other on the same rows; one LoRA
@@ -48,7 +50,7 @@ def measure(
     """
     rows = load.adapters
     facts = {"rows": rows, "distinct": rows, "tokens": load.tokens}
-    with ExitStack() as stack:
+    with keep_flags(model), ExitStack() as stack:
         runs = {"base": _base_step(model, load)}
         records: list[dict[str, Any]] = [{"system": "base", "kind": None, "rank": None}]
         for spec, system in trainable(specs, systems):
@@ -105,9 +107,6 @@ def _step(model: Any, spec: Spec, system: str, load: Load, stack: ExitStack) -> 
 
 
 def _flora_step(model: Any, spec: Spec, load: Load, stack: ExitStack) -> Callable[[], None]:
-    from flora.training.data import RowBatch
-    from flora.training.trainer import JointTrainer, parse_recipe
-
     tokens = _tokens(model, load)
     names = [f"adapter{i}" for i in range(load.adapters)]
     recipe = parse_recipe(spec.config() | {"learning_rate": LEARNING_RATE})

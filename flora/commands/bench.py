@@ -82,10 +82,8 @@ def op(
     loads = [
         study.Load(out_features=o, in_features=i, rows=r, distinct=d, rank=rank)
         for o, i in layers
-        for r in _numbers("--rows", rows)
-        for d in dict.fromkeys(_numbers("--distinct", distinct.replace("all", str(r))))
+        for r, d in _batches(rows, distinct)
         for rank in _numbers("--ranks", ranks)
-        if d <= r
     ]
     records: list[dict[str, Any]] = []
     with progress("measuring", len(loads)) as advance:
@@ -128,9 +126,7 @@ def generate(
     )
     loads = [
         study.Load(rows=r, distinct=d, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-        for r in _numbers("--rows", rows)
-        for d in dict.fromkeys(_numbers("--distinct", distinct.replace("all", str(r))))
-        if d <= r
+        for r, d in _batches(rows, distinct)
     ]
     loaded = _load(model)
     records: list[dict[str, Any]] = []
@@ -221,6 +217,16 @@ def _shapes(model: str | None, text: str) -> list[tuple[int, int]]:
             raise UsageError(f"--shapes {part!r}: OUTxIN, or one of {', '.join(SHAPES)}")
         found.append((int(sizes[0]), int(sizes[1])))
     return found
+
+
+def _batches(rows: str, distinct: str) -> list[tuple[int, int]]:
+    """Each number of rows with the numbers of different adapters that it has room for."""
+    return [
+        (r, d)
+        for r in _numbers("--rows", rows)
+        for d in dict.fromkeys(_numbers("--distinct", distinct.replace("all", str(r))))
+        if d <= r
+    ]
 
 
 def _keep(

@@ -26,7 +26,7 @@ def load(**changes) -> Load:
     )
 
 
-def test_the_systems_agree_with_each_other():
+def test_each_system_runs_the_kinds_that_it_can():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(12, 8, generator=generator)
     found = {

@@ -18,6 +18,7 @@ LOAD = Load(adapters=3, tokens=8)
 
 def test_the_records():
     model = zoo.build("Llama")
+    model.lm_head.weight.requires_grad_(True)
     before = {name: p.clone() for name, p in model.named_parameters()}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     specs = parse_specs("FLORA:2+LORA:4", 1)
