@@ -25,6 +25,8 @@ constexpr int64_t kLanes = Lanes::size();
 constexpr int64_t kStep = 2 * kLanes;  // one vector of 16-bit numbers
 constexpr int64_t kTokens = 4;         // of one row, which share what is loaded of its factors
 constexpr int64_t kColumns = 512;      // in as many as the fastest cache holds of a few rows
+constexpr int64_t kRanks = 8;          // which a row adds in one visit
+constexpr int64_t kLine = 64;          // bytes that memory gives at once
 constexpr int64_t kGrain = 16384;      // numbers for which a second thread is worth waking
 
 // A row of the batch, as `cpu.py` writes it.
@@ -77,6 +79,14 @@ inline void add_product(Step& sum, const Step& a, const Step& b) {
   sum.high = at::vec::fmadd(a.high, b.high, sum.high);
 }
 
+// A row's factors are mostly read by no other row: so ask for the pages behind them early. An address
+// that is nobody's does no harm.
+template <typename T>
+inline void fetch(const T* from) {
+  for (int64_t byte = 0; byte < kStep * int64_t(sizeof(T)); byte += kLine)
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + byte, 0, 2);
+}
+
 template <typename Body>
 inline void each_step(int64_t width, const Body& body) {
   int64_t at = 0;
@@ -99,11 +109,32 @@ void expand_token(const T* x, const float* pages, const Row& row, T* out, int64_
     }
     const float* b = pages + (row.first_page + copy) * I;
     each_step(I, [&](int64_t i, int64_t n) {
+      fetch(b + I + i);
       const Step s = load(x + i, n), f = load(b + i, n);
       store(out + i, Step{s.low * f.low, s.high * f.high}, n);
     });
   }
 }
+
+// Numbers as a product takes them: two lanes of fp32, or 16 bits where an instruction multiplies these.
+template <typename T>
+struct Factor : Step {
+  static Factor of(const T* from, int64_t count) { return {load(from, count)}; }
+  void add_to(Step& sum, const Factor& other) const { add_product(sum, *this, other); }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Factor<at::BFloat16> {
+  __m512bh numbers;
+  static Factor of(const at::BFloat16* from, int64_t count) {
+    return {(__m512bh)_mm512_maskz_loadu_epi16(__mmask32((uint64_t{1} << count) - 1), from)};
+  }
+  void add_to(Step& sum, const Factor& other) const {
+    sum.low = _mm512_dpbf16_ps(sum.low, numbers, other.numbers);
+  }
+};
+#endif
 
 // V x for K ranks and N tokens: hidden[token * rank + k].
 template <int64_t N, int64_t K, typename T>
@@ -112,11 +143,12 @@ void shrink(const T* x, const T* down, float* hidden, int64_t rank, int64_t I) {
   for (auto& token : sums)
     for (auto& sum : token) sum = {Lanes(0), Lanes(0)};
   each_step(I, [&](int64_t i, int64_t n) {
-    Step numbers[N];
-    for (int64_t t = 0; t < N; ++t) numbers[t] = load(x + t * I + i, n);
+    Factor<T> numbers[N];
+    for (int64_t t = 0; t < N; ++t) numbers[t] = Factor<T>::of(x + t * I + i, n);
     for (int64_t k = 0; k < K; ++k) {
-      const Step v = load(down + k * I + i, n);
-      for (int64_t t = 0; t < N; ++t) add_product(sums[t][k], numbers[t], v);
+      fetch(down + (k + K) * I + i);
+      const auto v = Factor<T>::of(down + k * I + i, n);
+      for (int64_t t = 0; t < N; ++t) numbers[t].add_to(sums[t][k], v);
     }
   });
   for (int64_t t = 0; t < N; ++t)
@@ -130,10 +162,10 @@ struct Contraction {
   T* y;
   int64_t N, I, O;
 
-  // N tokens of one row from token `first` on.
+  // Tokens of row s, from its token `first` on.
   template <int64_t Tokens>
-  void run(const Row& row, int64_t s, int64_t first) const {
-    thread_local std::vector<float> hidden;
+  void run(const Row row, int64_t s, int64_t first) const {
+    thread_local std::vector<float> hidden, sums;
     hidden.resize(Tokens * row.rank);
     const T* in = x + (s * N + first) * I;
     const T* v = down + row.first_rank * I;
@@ -143,29 +175,75 @@ struct Contraction {
       shrink<Tokens, K>(in, v + k * I, hidden.data() + k, row.rank, I);
     for (; k < row.rank; ++k) shrink<Tokens, 1>(in, v + k * I, hidden.data() + k, row.rank, I);
 
-    const T* u = up + row.first_rank * O;
-    const T* bias = row.bias < 0 ? own_bias : biases + row.bias * O;
-    const T* part = product + (row.first_copy * N + first) * O;
-    T* to = y + (s * N + first) * O;
+    // Some ranks at a time, as their pages then come from memory one behind the other.
+    if (row.rank > kRanks) sums.resize(Tokens * O);
+    const Span<Tokens> own{row, product + (row.first_copy * N + first) * O, hidden.data(),
+                           sums.data(), y + (s * N + first) * O};
+    if (row.rank <= kRanks) return add<true, true>(own, 0, row.rank);
+    add<true, false>(own, 0, kRanks);
+    int64_t r = kRanks;
+    for (; r + kRanks < row.rank; r += kRanks) add<false, false>(own, r, r + kRanks);
+    add<false, true>(own, r, row.rank);
+  }
+
+  template <int64_t>
+  struct Span {
+    Row row;
+    const T* product;  // of its first copy
+    const float* hidden;
+    float* sums;
+    T* y;
+  };
+
+  // The bias and the copies, if it is the First time, and the ranks from r to end; into the sums, but
+  // the Last time into y.
+  template <bool First, bool Last, int64_t Tokens>
+  void add(const Span<Tokens> own, int64_t r, int64_t end) const {
     each_step(O, [&](int64_t o, int64_t n) {
-      Step sums[Tokens];
-      const Step start = bias ? load(bias + o, n) : Step{Lanes(0), Lanes(0)};
-      for (auto& sum : sums) sum = start;
-      for (int64_t copy = 0; copy < row.copies; ++copy) {
-        const T* from = part + copy * N * O + o;
-        const Step a = row.first_page < 0 ? Step{Lanes(1), Lanes(1)}
-                                          : load(out_pages + (row.first_page + copy) * O + o, n);
-        for (int64_t t = 0; t < Tokens; ++t) add_product(sums[t], a, load(from + t * O, n));
+      Step sum[Tokens];
+      if constexpr (First) {
+        add_copies(sum, own, o, n);
+      } else {
+        for (int64_t t = 0; t < Tokens; ++t) sum[t] = load(own.sums + t * O + o, n);
       }
-      for (int64_t r = 0; r < row.rank; ++r) {
-        const Step numbers = load(u + r * O + o, n);
-        for (int64_t t = 0; t < Tokens; ++t) {
-          const Lanes h(hidden[t * row.rank + r]);
-          add_product(sums[t], {h, h}, numbers);
-        }
+      add_ranks(sum, own, r, end, o, n);
+      for (int64_t t = 0; t < Tokens; ++t) {
+        if constexpr (Last) store(own.y + t * O + o, sum[t], n);
+        else store(own.sums + t * O + o, sum[t], n);
       }
-      for (int64_t t = 0; t < Tokens; ++t) store(to + t * O + o, sums[t], n);
     });
+  }
+
+  template <int64_t Tokens>
+  void add_copies(Step (&sum)[Tokens], const Span<Tokens>& own, int64_t o, int64_t n) const {
+    const Row& row = own.row;
+    const T* bias = row.bias < 0 ? own_bias : biases + row.bias * O;
+    const Step start = bias ? load(bias + o, n) : Step{Lanes(0), Lanes(0)};
+    for (auto& each : sum) each = start;
+    for (int64_t copy = 0; copy < row.copies; ++copy) {
+      Step a{Lanes(1), Lanes(1)};
+      if (row.first_page >= 0) {
+        const float* page = out_pages + (row.first_page + copy) * O + o;
+        fetch(page + row.copies * O);
+        a = load(page, n);
+      }
+      const T* from = own.product + copy * N * O + o;
+      for (int64_t t = 0; t < Tokens; ++t) add_product(sum[t], a, load(from + t * O, n));
+    }
+  }
+
+  template <int64_t Tokens>
+  void add_ranks(Step (&sum)[Tokens], const Span<Tokens>& own, int64_t first, int64_t end,
+                 int64_t o, int64_t n) const {
+    for (int64_t r = first; r < end; ++r) {
+      const T* u = up + (own.row.first_rank + r) * O + o;
+      fetch(u + (end - first) * O);
+      const Step numbers = load(u, n);
+      for (int64_t t = 0; t < Tokens; ++t) {
+        const Lanes h(own.hidden[t * own.row.rank + r]);
+        add_product(sum[t], {h, h}, numbers);
+      }
+    }
   }
 };
 

@@ -36,14 +36,22 @@ class PreparedLinear:
     def __init__(self, job: Job, operands: Operands) -> None:
         self.job, self.base, weight_OI = job, operands.base, operands.weight
         table, (S, N, I), O = job.table, job.x_shape, job.out_features  # noqa: E741
-        self.job_at, self.bias_at, self.scaled = job.at, job.bias_at, table.scaled
+        self.job_at, self.bias_at = job.at, job.bias_at
+        # An adapter of which each layer has one side only, as IA3's, leaves the other as it is.
+        self.expands = table.scaled and not (table.in_order and job.is_neutral("in_pages"))
+        self.contracts = not (
+            table.in_order
+            and job.is_neutral("out_pages")
+            and job.bias is None
+            and not job.tensors.keys() & {"down", "biases"}
+        )
         self.segments: list[list[int]] = []
         if table.segments is not None:
             self.segments = table.segments.tolist()
         T = len(table.copies)
         self.copies_shape, self.product_shape, self.y_shape = (T, N, I), (T, N, O), (S, N, O)
         self.kept: tuple[Tensor, int] | None = None
-        if T * N * I <= KEPT_COPIES:
+        if self.expands and T * N * I <= KEPT_COPIES:
             kept = torch.empty(self.copies_shape, dtype=job.dtype)
             self.kept = kept, kept.data_ptr()
         self.weight = (
@@ -59,7 +67,7 @@ class PreparedLinear:
         """
         x_SNI = copies_TNI = x_SNI.contiguous()
         x_at = x_SNI.data_ptr()
-        if self.scaled:
+        if self.expands:
             if self.kept is not None:
                 copies_TNI, copies_at = self.kept
             else:
@@ -72,6 +80,8 @@ class PreparedLinear:
             y_SNO = product_TNO = self._modulated_product(copies_TNI, self.weight)
         else:
             y_SNO = product_TNO = F.linear(copies_TNI, self.weight)
+        if not self.contracts:
+            return product_TNO
         product_at = y_at = product_TNO.data_ptr()
         if not self.in_place:
             y_SNO = x_SNI.new_empty(self.y_shape)

@@ -61,6 +61,11 @@ class Job:
         self.bias = None if bias_O is None else bias_O.detach().to(dtype).contiguous()
         self.bias_at = 0 if self.bias is None else self.bias.data_ptr()
 
+    def is_neutral(self, name: str) -> bool:
+        """Whether these Hadamard pages, if there are any, are ones: nothing is scaled by them."""
+        pages = self.tensors.get(name)
+        return pages is None or bool((pages == 1).all())
+
     def check(self, product_TNO: Tensor) -> Tensor:
         """What a black box returned, as the kernels take it. Raises ShapeError."""
         shape = len(self.table.copies), self.x_shape[1], self.out_features

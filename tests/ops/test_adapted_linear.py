@@ -241,7 +241,7 @@ def test_beyond_the_modulation_the_plan_takes_the_weight_side_by_itself():
 
 
 GROUP = st.none() | st.fixed_dictionaries(
-    {"pairs": st.integers(0, 5), "rank": st.integers(0, 9), "bias": st.booleans()}
+    {"pairs": st.integers(0, 5), "rank": st.integers(0, 20), "bias": st.booleans()}
 )
 
 
@@ -344,16 +344,17 @@ def test_hadamard_factors_are_not_rounded_to_the_activations_type(weight):
 
 @pytest.mark.parametrize("backend", JUDGED)
 @pytest.mark.parametrize("far", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("ones", [None, "hadamard_in", "hadamard_out"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_one_scaled_product_in_16_bits_without_gradients(backend, far, bias):
-    """As a decode step has it, for factors near 1, around 0 and beyond 2."""
+def test_one_scaled_product_in_16_bits_without_gradients(backend, far, ones, bias):
+    """As a decode step has it, for factors near 1, around 0 and beyond 2; IA3 has one side only."""
     layer = make_layer(
         [{"pairs": 1}] * 4 + [None], [3, 0, 4, 1, 2, 0], dtype=torch.bfloat16, bias=bias
     )
     for group in layer.groups:
         if group is not None:
-            for part in (group.hadamard_in, group.hadamard_out):
-                part.sub_(1).mul_(far / 0.3).add_(1)
+            for name, part in group.parts():
+                part.sub_(1).mul_(0.0 if name == ones else far / 0.3).add_(1)
     truth = evaluate(layer, definition, torch.float64)["y"]
     with torch.no_grad():
         found = operator(backend, weight=True)(layer)
