@@ -358,7 +358,8 @@ def test_one_scaled_product_in_16_bits_without_gradients(backend, far, ones, bia
     truth = evaluate(layer, definition, torch.float64)["y"]
     with torch.no_grad():
         found = operator(backend, weight=True)(layer)
-        assert_no_worse(found, plain(layer), truth)
+        # Triton's interpreter cuts bf16 off, where a GPU rounds.
+        assert_no_worse(found, plain(layer), truth, scale=truth * (1 + (backend == "triton")))
         if bias:
             layer.bias = layer.bias.float()
             assert operator(backend, weight=True)(layer).dtype == torch.bfloat16
