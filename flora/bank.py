@@ -1,15 +1,16 @@
 """Many adapters of one model on one device, paged by rank."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from flora.adapters.core import Adapter, LayerFactors
 from flora.errors import InvalidAdapterError, OutOfBudgetError, UnknownAdapterError
-from flora.ops.factors import BatchFactors
+from flora.ops.factors import BatchFactors, Pages
 
 GROWTH = 1.04
 """A full pool grows to so much more than it needs: little memory idle, few copies."""
@@ -56,7 +57,8 @@ class AdapterBank:
     """Holds adapters by the hash of their content, each at its own ranks.
 
     A page is one rank of one layer: a row in that layer's pools. So memory is in proportion to each
-    adapter's own rank, nothing fragments, and a batch's factors are one index_select.
+    adapter's own rank, nothing fragments, and a batch's factors are a list of pages. What a batch
+    was lent stays as it is until the batch forgets it, whoever leaves or comes.
 
     layers: the model's linear layers by name.
     budget: the most bytes that adapters may take; None for no bound. Where it is full, the least
@@ -121,7 +123,7 @@ class AdapterBank:
         slot.uses -= 1
 
     def factors(self, module: str, identities: Sequence[str | None]) -> BatchFactors | None:
-        """A layer's factors for a batch's groups, copied out of the pools.
+        """A layer's factors for a batch's groups, which stay as they are now.
 
         identities: of each group; None for a group without an adapter.
         None where no group touches the layer. Raises UnknownAdapterError.
@@ -132,18 +134,13 @@ class AdapterBank:
         ]
         if all(r == neutral for r in ranks):
             return None
-        parts: dict[str, Tensor] = {}
-        for name, fields in FAMILIES.items():
-            pool = self._pools.get(module, {}).get(name)
-            pages = [p for i in identities if i is not None and pool for p in pool.pages.get(i, ())]
-            if pool and pages:
-                ones = 1 if name == "hadamard" else 0
-                parts |= zip(fields, pool.take(pages, ones), strict=True)
+        named = [identity for identity in identities if identity is not None]
+        lent = {name: pool.lend(named) for name, pool in self._pools[module].items()}
         return BatchFactors(
             pairs=tuple(r.pairs for r in ranks),
             ranks=tuple(r.rank for r in ranks),
             biased=tuple(r.biased for r in ranks),
-            **parts,
+            **{name: pages for name, pages in lent.items() if pages is not None},
         )
 
     @property
@@ -174,21 +171,23 @@ class AdapterBank:
         """Raise RuntimeError unless free + held = total in every pool, for just the residents."""
         for module, pools in self._pools.items():
             for name, pool in pools.items():
-                pages = sorted([*pool.free, *(p for held in pool.pages.values() for p in held)])
-                if pages != list(range(pool.capacity)):
+                held = [page for span in pool.held.values() for page in span.pages]
+                if sorted([*pool.free, *pool.left, *held]) != list(range(pool.capacity)):
                     raise RuntimeError(f"{module} {name}: free and held pages are not the pool")
                 expected = {
                     i for i, slot in self._slots.items() if _count(slot.layers.get(module), name)
                 }
-                if set(pool.pages) != expected:
+                if set(pool.held) != expected:
                     raise RuntimeError(f"{module} {name}: pages of adapters that are not resident")
-        held = sum(
-            pool.page_bytes * (pool.capacity - len(pool.free))
+        held_bytes = sum(
+            pool.page_bytes * (pool.capacity - len(pool.free) - len(pool.left))
             for pools in self._pools.values()
             for pool in pools.values()
         )
-        if held != self.used_bytes:
-            raise RuntimeError(f"held pages take {held} bytes, the residents {self.used_bytes}")
+        if held_bytes != self.used_bytes:
+            raise RuntimeError(
+                f"held pages take {held_bytes} bytes, the residents {self.used_bytes}"
+            )
 
     def _slot(self, identity: str) -> _Slot:
         if identity not in self._slots:
@@ -257,15 +256,28 @@ class AdapterBank:
                 pool.drop(identity)
 
 
+@dataclass(frozen=True)
+class _Span:
+    """An adapter's pages in a pool, and for each tensor whether it has ones in all of them."""
+
+    pages: list[int]
+    neutral: tuple[bool, ...]
+
+
 class _Pool:
-    """Pages of one layer: parallel tensors `[capacity, width]`, and who holds which page."""
+    """Pages of one layer: parallel tensors `[capacity, width]`, and who holds which page.
+
+    Pages that were lent are not written to until they were given back, by being forgotten.
+    """
 
     def __init__(self, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        self.tensors = [torch.empty(0, width, dtype=dtype, device=device) for width in widths]
+        self.tensors = tuple(torch.empty(0, width, dtype=dtype, device=device) for width in widths)
         self.dtype = dtype
         self.page_bytes = sum(widths) * dtype.itemsize
-        self.pages: dict[str, list[int]] = {}
+        self.held: dict[str, _Span] = {}
         self.free: list[int] = []
+        self.left: list[int] = []
+        self._lent: WeakSet[Pages] = WeakSet()
 
     @property
     def capacity(self) -> int:
@@ -277,49 +289,64 @@ class _Pool:
 
     def put(self, identity: str, tensors: Sequence[Tensor]) -> None:
         count = tensors[0].shape[0]
+        if not self._lent:
+            self.free, self.left = self.left + self.free, []
         if count > len(self.free):
             self.resize(count)
         pages = [self.free.pop() for _ in range(count)]
-        self.pages[identity] = pages
+        neutral = tuple(bool((tensor == 1).all()) for tensor in tensors)
+        self.held[identity] = _Span(pages, neutral)
         for pool, tensor in zip(self.tensors, tensors, strict=True):
             pool[pages] = tensor.detach().to(pool.device, pool.dtype)
 
     def drop(self, identity: str) -> None:
-        self.free += self.pages.pop(identity, [])
-        if 2 * len(self.free) > self.capacity:
+        if span := self.held.pop(identity, None):
+            self.left += span.pages
+        if 2 * (len(self.free) + len(self.left)) > self.capacity:
             self.resize(0)
 
-    def take(self, pages: Sequence[int], ones: int) -> list[Tensor]:
-        """Copies of some pages, in order, and behind them so many pages of ones."""
-        index = torch.tensor(pages, device=self.tensors[0].device)
-        copies = []
-        for pool in self.tensors:
-            copy = pool.new_ones(len(pages) + ones, pool.shape[1])
-            torch.index_select(pool, 0, index, out=copy[: len(pages)])
-            copies.append(copy)
-        return copies
+    def lend(self, identities: Iterable[str]) -> Pages | None:
+        """The pages of these adapters, in order; None where they have none."""
+        spans = [span for identity in identities if (span := self.held.get(identity))]
+        if not spans:
+            return None
+        index = torch.tensor(
+            [page for span in spans for page in span.pages],
+            dtype=torch.int32,
+            device=self.tensors[0].device,
+        )
+        neutral = tuple(map(all, zip(*(span.neutral for span in spans), strict=True)))
+        self._lent.add(pages := Pages(self.tensors, index, neutral))
+        return pages
 
     def resize(self, more: int) -> None:
         """Move the held pages to the front of new tensors with room for so many more."""
-        held = [page for pages in self.pages.values() for page in pages]
+        held = [page for span in self.held.values() for page in span.pages]
         capacity = len(held) + more
         if more:
             capacity = max(capacity, int(capacity * GROWTH))
         grown = [old.new_empty(capacity, old.shape[1]) for old in self.tensors]
         for new, old in zip(grown, self.tensors, strict=True):
             new[: len(held)] = old[held]
-        self.tensors = grown  # all or none: memory may run out on the way
+        self.tensors = tuple(grown)  # all or none: memory may run out on the way
         moved = iter(range(len(held)))
-        self.pages = {i: [next(moved) for _ in pages] for i, pages in self.pages.items()}
-        self.free = list(range(len(held), capacity))
+        self.held = {
+            identity: _Span([next(moved) for _ in span.pages], span.neutral)
+            for identity, span in self.held.items()
+        }
+        # From the back, so that pages are given in order.
+        self.free, self.left = list(reversed(range(len(held), capacity))), []
+        self._lent = WeakSet()  # what was lent lies in the old tensors
 
 
 FAMILIES = {
     "hadamard": ("hadamard_in", "hadamard_out"),
     "low_rank": ("down", "up"),
-    "bias": ("bias",),
+    "biases": ("bias",),
 }
-WIDTHS = {"hadamard": ("in", "out"), "low_rank": ("in", "out"), "bias": ("out",)}
+"""The parts whose pages belong together, by their names in `BatchFactors`."""
+
+WIDTHS = {"hadamard": ("in", "out"), "low_rank": ("in", "out"), "biases": ("out",)}
 
 
 def _families(factors: LayerFactors) -> dict[str, list[Tensor]]:
@@ -336,7 +363,7 @@ def _families(factors: LayerFactors) -> dict[str, list[Tensor]]:
 
 
 def _count(ranks: _Ranks | None, name: str) -> int:
-    counts = {"hadamard": "pairs", "low_rank": "rank", "bias": "biased"}
+    counts = {"hadamard": "pairs", "low_rank": "rank", "biases": "biased"}
     return 0 if ranks is None else int(getattr(ranks, counts[name]))
 
 
@@ -348,20 +375,18 @@ def join_factors(layers: Sequence[LayerFactors | None], dtype: torch.dtype) -> B
     """
     groups = [group or LayerFactors() for group in layers]
     exact = torch.promote_types(dtype, torch.float32)
-
-    def pages(name: str, dtype: torch.dtype) -> list[Tensor]:
-        parts = (getattr(group, name) for group in groups)
-        return [part.to(dtype) for part in parts if part is not None]
-
-    joined = {}
-    for name in ("hadamard_in", "hadamard_out"):
-        if parts := pages(name, exact):
-            joined[name] = torch.cat([*parts, parts[0].new_ones(1, parts[0].shape[1])])
-    for name in ("down", "up"):
-        if parts := pages(name, dtype):
-            joined[name] = torch.cat(parts)
-    if parts := pages("bias", dtype):
-        joined["bias"] = torch.stack(parts)
+    joined: dict[str, Pages] = {}
+    for name in FAMILIES:
+        families = [family for group in groups if (family := _families(group).get(name))]
+        if not families:
+            continue
+        pools = []
+        for parts in zip(*families, strict=True):
+            pages = [part.to(exact if name == "hadamard" else dtype) for part in parts]
+            if name == "hadamard":
+                pages.append(pages[0].new_ones(1, pages[0].shape[1]))
+            pools.append(torch.cat(pages))
+        joined[name] = Pages(tuple(pools))
     return BatchFactors(
         pairs=tuple(group.pairs for group in groups),
         ranks=tuple(group.rank for group in groups),

@@ -68,16 +68,17 @@ def prepare(
     rows = tuple(rows)
     if x.ndim != 3 or x.shape[0] != len(rows):
         raise ShapeError(f"{len(rows)} rows named, but x has the shape {list(x.shape)}")
-    for part in (factors.hadamard_in, factors.down):
-        if part is not None and part.shape[1] != x.shape[2]:
-            raise ShapeError(f"the factors are for {part.shape[1]} inputs, but x has {x.shape[2]}")
+    if factors.in_features not in (None, x.shape[2]):
+        raise ShapeError(
+            f"the factors are for {factors.in_features} inputs, but x has {x.shape[2]}"
+        )
     if weight is not None and factors.out_features not in (None, weight.shape[0]):
         raise ShapeError(
             f"the factors are for {factors.out_features} outputs, but W0 has {weight.shape[0]}"
         )
 
-    grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, *factors.tensors)
+    grad = torch.is_grad_enabled() and (
+        factors.requires_grad or any(t is not None and t.requires_grad for t in (x, weight, bias))
     )
     if costs is None:
         costs = Costs()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flora.machine import cache_folder, processor
 from flora.ops import Operands, get_backend
-from flora.ops.factors import BatchFactors
+from flora.ops.factors import BatchFactors, Pages
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE, Costs, make_plan
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def _one_row(
             for width in (I, O)
         )
         factors = BatchFactors(
-            pairs=(pairs,), ranks=(0,), biased=(False,), hadamard_in=in_PI, hadamard_out=out_PO
+            pairs=(pairs,), ranks=(0,), biased=(False,), hadamard=Pages((in_PI, out_PO))
         )
         plan = make_plan(
             (0,), (pairs,), (0,), (False,), tokens=tokens, has_weight=True, grad=grad, costs=side

@@ -39,6 +39,30 @@ struct Row {
   int32_t bias;  // page; -1: the layer's own
 };
 
+// As a job holds them: `index` says which pages of the pool a batch takes; null: all, in order.
+struct Pool {
+  const void* pages;
+  const int32_t* index;
+  int64_t count;
+};
+
+template <typename T>
+struct Pages {
+  const T* pages;
+  const int32_t* index;
+  int64_t last, width;
+
+  Pages(const Pool& pool, int64_t width)
+      : pages(static_cast<const T*>(pool.pages)), index(pool.index), last(pool.count - 1),
+        width(width) {}
+
+  // Of a page behind the last, which is only asked for early, that of the last.
+  const T* operator[](int64_t page) const {
+    page = std::min(page, last);
+    return pages + (index ? index[page] : page) * width;
+  }
+};
+
 struct Step {
   Lanes low, high;
 };
@@ -79,8 +103,7 @@ inline void add_product(Step& sum, const Step& a, const Step& b) {
   sum.high = at::vec::fmadd(a.high, b.high, sum.high);
 }
 
-// A row's factors are mostly read by no other row: so ask for the pages behind them early. An address
-// that is nobody's does no harm.
+// A row's factors are mostly read by no other row: so ask early for the pages that come next.
 template <typename T>
 inline void fetch(const T* from) {
   for (int64_t byte = 0; byte < kStep * int64_t(sizeof(T)); byte += kLine)
@@ -100,16 +123,16 @@ inline float total(const Step& step) {
 }
 
 template <typename T>
-void expand_token(const T* x, const float* pages, const Row& row, T* out, int64_t stride,
-                  int64_t I) {
+void expand_token(const T* x, const Pages<float>& pages, const Row& row, T* out,
+                  int64_t stride, int64_t I) {
   for (int64_t copy = 0; copy < row.copies; ++copy, out += stride) {
     if (row.first_page < 0) {
       std::copy_n(x, I, out);
       continue;
     }
-    const float* b = pages + (row.first_page + copy) * I;
+    const float *b = pages[row.first_page + copy], *next = pages[row.first_page + copy + 1];
     each_step(I, [&](int64_t i, int64_t n) {
-      fetch(b + I + i);
+      fetch(next + i);
       const Step s = load(x + i, n), f = load(b + i, n);
       store(out + i, Step{s.low * f.low, s.high * f.high}, n);
     });
@@ -136,9 +159,12 @@ struct Factor<at::BFloat16> {
 };
 #endif
 
-// V x for K ranks and N tokens: hidden[token * rank + k].
+// V x for K ranks from page `first` on, and N tokens: hidden[token * rank + k].
 template <int64_t N, int64_t K, typename T>
-void shrink(const T* x, const T* down, float* hidden, int64_t rank, int64_t I) {
+void shrink(const T* x, const Pages<T>& down, int64_t first, float* hidden, int64_t rank,
+            int64_t I) {
+  const T *own[K], *next[K];
+  for (int64_t k = 0; k < K; ++k) own[k] = down[first + k], next[k] = down[first + k + K];
   Step sums[N][K];
   for (auto& token : sums)
     for (auto& sum : token) sum = {Lanes(0), Lanes(0)};
@@ -146,8 +172,8 @@ void shrink(const T* x, const T* down, float* hidden, int64_t rank, int64_t I) {
     Factor<T> numbers[N];
     for (int64_t t = 0; t < N; ++t) numbers[t] = Factor<T>::of(x + t * I + i, n);
     for (int64_t k = 0; k < K; ++k) {
-      fetch(down + (k + K) * I + i);
-      const auto v = Factor<T>::of(down + k * I + i, n);
+      fetch(next[k] + i);
+      const auto v = Factor<T>::of(own[k] + i, n);
       for (int64_t t = 0; t < N; ++t) numbers[t].add_to(sums[t][k], v);
     }
   });
@@ -157,8 +183,9 @@ void shrink(const T* x, const T* down, float* hidden, int64_t rank, int64_t I) {
 
 template <typename T>
 struct Contraction {
-  const T *product, *x, *down, *up, *biases, *own_bias;
-  const float* out_pages;
+  const T *product, *x, *own_bias;
+  Pages<float> a;
+  Pages<T> down, up, biases;
   T* y;
   int64_t N, I, O;
 
@@ -168,12 +195,12 @@ struct Contraction {
     thread_local std::vector<float> hidden, sums;
     hidden.resize(Tokens * row.rank);
     const T* in = x + (s * N + first) * I;
-    const T* v = down + row.first_rank * I;
     constexpr int64_t K = Tokens == 1 ? 4 : 2;
     int64_t k = 0;
     for (; k + K <= row.rank; k += K)
-      shrink<Tokens, K>(in, v + k * I, hidden.data() + k, row.rank, I);
-    for (; k < row.rank; ++k) shrink<Tokens, 1>(in, v + k * I, hidden.data() + k, row.rank, I);
+      shrink<Tokens, K>(in, down, row.first_rank + k, hidden.data() + k, row.rank, I);
+    for (; k < row.rank; ++k)
+      shrink<Tokens, 1>(in, down, row.first_rank + k, hidden.data() + k, row.rank, I);
 
     // Some ranks at a time, as their pages then come from memory one behind the other.
     if (row.rank > kRanks) sums.resize(Tokens * O);
@@ -199,6 +226,9 @@ struct Contraction {
   // the Last time into y.
   template <bool First, bool Last, int64_t Tokens>
   void add(const Span<Tokens> own, int64_t r, int64_t end) const {
+    const T *pages[kRanks], *next[kRanks];
+    const int64_t first = own.row.first_rank + r;
+    for (int64_t k = 0; r + k < end; ++k) pages[k] = up[first + k], next[k] = up[first + end - r + k];
     each_step(O, [&](int64_t o, int64_t n) {
       Step sum[Tokens];
       if constexpr (First) {
@@ -206,7 +236,14 @@ struct Contraction {
       } else {
         for (int64_t t = 0; t < Tokens; ++t) sum[t] = load(own.sums + t * O + o, n);
       }
-      add_ranks(sum, own, r, end, o, n);
+      for (int64_t k = 0; r + k < end; ++k) {
+        fetch(next[k] + o);
+        const Step u = load(pages[k] + o, n);
+        for (int64_t t = 0; t < Tokens; ++t) {
+          const Lanes h(own.hidden[t * own.row.rank + r + k]);
+          add_product(sum[t], {h, h}, u);
+        }
+      }
       for (int64_t t = 0; t < Tokens; ++t) {
         if constexpr (Last) store(own.y + t * O + o, sum[t], n);
         else store(own.sums + t * O + o, sum[t], n);
@@ -217,47 +254,42 @@ struct Contraction {
   template <int64_t Tokens>
   void add_copies(Step (&sum)[Tokens], const Span<Tokens>& own, int64_t o, int64_t n) const {
     const Row& row = own.row;
-    const T* bias = row.bias < 0 ? own_bias : biases + row.bias * O;
+    const T* bias = row.bias < 0 ? own_bias : biases[row.bias];
     const Step start = bias ? load(bias + o, n) : Step{Lanes(0), Lanes(0)};
     for (auto& each : sum) each = start;
     for (int64_t copy = 0; copy < row.copies; ++copy) {
-      Step a{Lanes(1), Lanes(1)};
-      if (row.first_page >= 0) {
-        const float* page = out_pages + (row.first_page + copy) * O + o;
-        fetch(page + row.copies * O);
-        a = load(page, n);
+      Step scale{Lanes(1), Lanes(1)};
+      if (const int64_t page = row.first_page + copy; row.first_page >= 0) {
+        fetch(a[page + row.copies] + o);
+        scale = load(a[page] + o, n);
       }
       const T* from = own.product + copy * N * O + o;
-      for (int64_t t = 0; t < Tokens; ++t) add_product(sum[t], a, load(from + t * O, n));
-    }
-  }
-
-  template <int64_t Tokens>
-  void add_ranks(Step (&sum)[Tokens], const Span<Tokens>& own, int64_t first, int64_t end,
-                 int64_t o, int64_t n) const {
-    for (int64_t r = first; r < end; ++r) {
-      const T* u = up + (own.row.first_rank + r) * O + o;
-      fetch(u + (end - first) * O);
-      const Step numbers = load(u, n);
-      for (int64_t t = 0; t < Tokens; ++t) {
-        const Lanes h(own.hidden[t * own.row.rank + r]);
-        add_product(sum[t], {h, h}, numbers);
-      }
+      for (int64_t t = 0; t < Tokens; ++t) add_product(sum[t], scale, load(from + t * O, n));
     }
   }
 };
 
-// Σ_j a_j[o] b_j times W0, kTokens rows of it at a time.
+// Where the pages of one adapter lie.
+struct Pairs {
+  std::vector<const float*> b, a;
+
+  Pairs(const Pages<float>& in, const Pages<float>& out, int64_t first, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) b.push_back(in[first + j]), a.push_back(out[first + j]);
+  }
+
+  int64_t count() const { return b.size(); }
+};
+
+// Σ_j a_j[o] b_j times W0, for R rows of it from o on.
 template <int64_t R, typename T>
-void modulate_rows(const T* weight, const float* in, const float* out, T* to, int64_t pages,
-                   int64_t O, int64_t I) {
+void modulate_rows(const T* weight, const Pairs& pairs, int64_t o, T* to, int64_t I) {
   each_step(I, [&](int64_t i, int64_t n) {
     Step sums[R];
     for (auto& sum : sums) sum = {Lanes(0), Lanes(0)};
-    for (int64_t j = 0; j < pages; ++j) {
-      const Step b = load(in + j * I + i, n);
+    for (int64_t j = 0; j < pairs.count(); ++j) {
+      const Step b = load(pairs.b[j] + i, n);
       for (int64_t r = 0; r < R; ++r) {
-        const Lanes a(out[j * O + r]);
+        const Lanes a(pairs.a[j][o + r]);
         add_product(sums[r], {a, a}, b);
       }
     }
@@ -268,11 +300,11 @@ void modulate_rows(const T* weight, const float* in, const float* out, T* to, in
   });
 }
 
-// Of R rows, and of the columns that a thread's fastest cache holds: G ∘ W0, and from it each page's
-// part of da = (G ∘ W0) b and db = (G ∘ W0)ᵀ a.
+// Of R rows from o on, and of the columns that a thread's fastest cache holds: G ∘ W0, and from it
+// each page's part of da = (G ∘ W0) b and db = (G ∘ W0)ᵀ a.
 template <int64_t R, typename T>
-void gradient_rows(const T* gradient, const T* weight, const float* in, const float* out, float* din,
-                   float* dout, int64_t pages, int64_t O, int64_t I) {
+void gradient_rows(const T* gradient, const T* weight, const Pairs& pairs, int64_t o, float* din,
+                   float* dout, int64_t O, int64_t I) {
   float products[R][kColumns];
   for (int64_t first = 0; first < I; first += kColumns) {
     const int64_t width = std::min(kColumns, I - first);
@@ -282,14 +314,14 @@ void gradient_rows(const T* gradient, const T* weight, const float* in, const fl
         store(products[r] + i, Step{g.low * w.low, g.high * w.high}, n);
       }
     });
-    for (int64_t j = 0; j < pages; ++j) {
+    for (int64_t j = 0; j < pairs.count(); ++j) {
       Step a[R], sums[R];
       for (int64_t r = 0; r < R; ++r) {
-        a[r] = {Lanes(out[j * O + r]), Lanes(out[j * O + r])};
+        a[r] = {Lanes(pairs.a[j][o + r]), Lanes(pairs.a[j][o + r])};
         sums[r] = {Lanes(0), Lanes(0)};
       }
       each_step(width, [&](int64_t i, int64_t n) {
-        const Step b = load(in + j * I + first + i, n);
+        const Step b = load(pairs.b[j] + first + i, n);
         Step db = load(din + j * I + first + i, n);
         for (int64_t r = 0; r < R; ++r) {
           const Step product = load(products[r] + i, n);
@@ -298,7 +330,7 @@ void gradient_rows(const T* gradient, const T* weight, const float* in, const fl
         }
         store(din + j * I + first + i, db, n);
       });
-      for (int64_t r = 0; r < R; ++r) dout[j * O + r] += total(sums[r]);
+      for (int64_t r = 0; r < R; ++r) dout[j * O + o + r] += total(sums[r]);
     }
   }
 }
@@ -322,8 +354,7 @@ void scale_gradients_of(const T* dy, const T* v, const float* page, T* dv, float
 // What is the same at every step: `Job` in cpu.py fills it, and keeps alive what it points to.
 struct Job {
   const Row* rows;
-  const float *in_pages, *out_pages;  // null: no row is scaled
-  const void *down, *up, *biases;
+  Pool b, a, down, up, biases;
   int64_t S, N, I, O;
   int64_t dtype;  // of x and of all that has no type here: an index into `DTYPES`
 };
@@ -349,11 +380,12 @@ void expand(const Job& job, const void* x, void* to) {
   dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t N = job.N, I = job.I;
+    const Pages<float> pages(job.b, I);
     parallel_for(job.S * N, I, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
         const Row& row = job.rows[token / N];
         T* copies = static_cast<T*>(to) + (row.first_copy * N + token % N) * I;
-        expand_token(static_cast<const T*>(x) + token * I, job.in_pages, row, copies, N * I, I);
+        expand_token(static_cast<const T*>(x) + token * I, pages, row, copies, N * I, I);
       }
     });
   });
@@ -365,11 +397,12 @@ void contract(const Job& job, const void* product, const void* x, const void* bi
   dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto typed = [](const void* pointer) { return static_cast<const T*>(pointer); };
-    const Contraction<T> part{typed(product),    typed(x),      typed(job.down),
-                              typed(job.up),     typed(job.biases), typed(bias),
-                              job.out_pages,     static_cast<T*>(to), job.N, job.I, job.O};
+    const int64_t I = job.I, O = job.O;
+    const Contraction<T> part{typed(product),   typed(x),       typed(bias),        {job.a, O},
+                              {job.down, I},    {job.up, O},    {job.biases, O},
+                              static_cast<T*>(to), job.N, I, O};
     const int64_t N = job.N, blocks = (N + kTokens - 1) / kTokens;
-    parallel_for(job.S * blocks, job.I + job.O, [&](int64_t begin, int64_t end) {
+    parallel_for(job.S * blocks, I + O, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const Row& row = job.rows[block / blocks];
         const int64_t s = block / blocks, first = block % blocks * kTokens;
@@ -388,17 +421,17 @@ void modulate(const Job& job, int64_t first_page, int64_t pages, const void* wei
   dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t I = job.I, O = job.O;
-    const float *in = job.in_pages + first_page * I, *out = job.out_pages + first_page * O;
+    const Pairs pairs({job.b, I}, {job.a, O}, first_page, pages);
     const int64_t blocks = (O + kTokens - 1) / kTokens;
     parallel_for(blocks, kTokens * I, [&](int64_t begin, int64_t end) {
       for (int64_t o = begin * kTokens; o < std::min(end * kTokens, O); o += kTokens) {
         const T* from = static_cast<const T*>(weight) + o * I;
         T* rows = static_cast<T*>(to) + o * I;
         if (o + kTokens <= O) {
-          modulate_rows<kTokens>(from, in, out + o, rows, pages, O, I);
+          modulate_rows<kTokens>(from, pairs, o, rows, I);
         } else {
           for (int64_t r = 0; o + r < O; ++r)
-            modulate_rows<1>(from + r * I, in, out + o + r, rows + r * I, pages, O, I);
+            modulate_rows<1>(from + r * I, pairs, o + r, rows + r * I, I);
         }
       }
     });
@@ -413,7 +446,7 @@ void modulation_gradients(const Job& job, int64_t first_page, int64_t pages, int
   dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t I = job.I, O = job.O, rows = (O + chunks - 1) / chunks;
-    const float *in = job.in_pages + first_page * I, *out = job.out_pages + first_page * O;
+    const Pairs pairs({job.b, I}, {job.a, O}, first_page, pages);
     parallel_for(chunks, rows * I, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t last = std::min((chunk + 1) * rows, O);
@@ -422,9 +455,9 @@ void modulation_gradients(const Job& job, int64_t first_page, int64_t pages, int
         const auto* w = static_cast<const T*>(weight);
         int64_t o = chunk * rows;
         for (; o + kTokens <= last; o += kTokens)
-          gradient_rows<kTokens>(g + o * I, w + o * I, in, out + o, sums, dout + o, pages, O, I);
+          gradient_rows<kTokens>(g + o * I, w + o * I, pairs, o, sums, dout, O, I);
         for (; o < last; ++o)
-          gradient_rows<1>(g + o * I, w + o * I, in, out + o, sums, dout + o, pages, O, I);
+          gradient_rows<1>(g + o * I, w + o * I, pairs, o, sums, dout, O, I);
       }
     });
   });
@@ -437,7 +470,7 @@ void scale_gradients(const Job& job, int64_t of_out, const void* dy, const void*
   dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t N = job.N, W = of_out ? job.O : job.I;
-    const float* pages = of_out ? job.out_pages : job.in_pages;
+    const Pages<float> pages(of_out ? job.a : job.b, W);
     const int64_t blocks = (W + kColumns - 1) / kColumns;
     parallel_for(job.S * blocks, N * kColumns, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
@@ -447,7 +480,7 @@ void scale_gradients(const Job& job, int64_t of_out, const void* dy, const void*
         T* to = static_cast<T*>(dv) + at;
         float* own = sums + s * W + first;
         if (const int64_t page = job.rows[s].first_page; page >= 0) {
-          scale_gradients_of(from, by, pages + page * W + first, to, own, N, W, width);
+          scale_gradients_of(from, by, pages[page] + first, to, own, N, W, width);
         } else {
           std::fill_n(own, width, 0.0f);
           for (int64_t n = 0; n < N; ++n) std::copy_n(from + n * W, width, to + n * W);

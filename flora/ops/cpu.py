@@ -4,16 +4,20 @@ For fp32 and 16 bits; in fp64, and where W0 has another type than x, the operato
 """
 
 from functools import partial
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flora.ops import Linear, Operands, cpu_autograd, eager
-from flora.ops.cpu_kernels import DTYPES, Job, contract, expand, modulate, scratch_like
+from flora.ops.cpu_kernels import DTYPES, Job, contract, expand, modulate, scratch
 
-KEPT_COPIES = 65536
+KEPT_COPIES = 1 << 16
 """Up to so many numbers, as a step of decoding has, a layer keeps the memory of its copies."""
+
+SHARED_COPIES = 1 << 24
+"""Up to so many, layers share it."""
 
 
 def prepare(x_SNI: Tensor, operands: Operands) -> Linear:
@@ -21,7 +25,7 @@ def prepare(x_SNI: Tensor, operands: Operands) -> Linear:
     dtype, weight = x_SNI.dtype, operands.weight
     mixed = weight is not None and weight.dtype != dtype
     nothing = operands.factors.out_features is None
-    unscaled = operands.factors.hadamard_in is None
+    unscaled = operands.factors.hadamard is None
     if mixed or nothing or dtype not in DTYPES or (operands.plan.grad and unscaled):
         return eager.prepare(x_SNI, operands)
     job = Job(x_SNI, operands)
@@ -38,13 +42,11 @@ class PreparedLinear:
         table, (S, N, I), O = job.table, job.x_shape, job.out_features  # noqa: E741
         self.job_at, self.bias_at = job.at, job.bias_at
         # An adapter of which each layer has one side only, as IA3's, leaves the other as it is.
-        self.expands = table.scaled and not (table.in_order and job.is_neutral("in_pages"))
-        self.contracts = not (
-            table.in_order
-            and job.is_neutral("out_pages")
-            and job.bias is None
-            and not job.tensors.keys() & {"down", "biases"}
-        )
+        hadamard, plan = operands.factors.hadamard, operands.plan
+        in_neutral, out_neutral = (True, True) if hadamard is None else hadamard.neutral
+        added = plan.additive or plan.bias is not None or job.bias is not None
+        self.expands = not (table.in_order and (in_neutral or not table.scaled))
+        self.contracts = not (table.in_order and (out_neutral or not table.scaled) and not added)
         self.segments: list[list[int]] = []
         if table.segments is not None:
             self.segments = table.segments.tolist()
@@ -71,7 +73,7 @@ class PreparedLinear:
             if self.kept is not None:
                 copies_TNI, copies_at = self.kept
             else:
-                copies_TNI = x_SNI.new_empty(self.copies_shape)
+                copies_TNI = self._new_copies()
                 copies_at = copies_TNI.data_ptr()
             expand(self.job_at, x_at, copies_at)
         if self.weight is None:
@@ -89,10 +91,16 @@ class PreparedLinear:
         contract(self.job_at, product_at, x_at, self.bias_at, y_at)
         return y_SNO
 
+    def _new_copies(self) -> Tensor:
+        # A black box may keep what it is given.
+        if self.weight is None or prod(self.copies_shape) > SHARED_COPIES:
+            return torch.empty(self.copies_shape, dtype=self.job.dtype)
+        return scratch("copies", self.copies_shape, self.job.dtype)
+
     def _modulated_product(self, copies_TNI: Tensor, weight_OI: Tensor) -> Tensor:
         """Some copies by W0, and each segment's by W0 as its pages modulate it."""
         product_TNO = copies_TNI.new_empty(self.product_shape)
-        scratch_OI = scratch_like(weight_OI)
+        scratch_OI = scratch("weight", weight_OI.shape, weight_OI.dtype)
 
         def multiply(first: int, count: int, by_OI: Tensor) -> None:
             part = slice(first, first + count)

@@ -21,7 +21,7 @@ from flora.ops.cpu_kernels import (
     modulate,
     modulation_gradients,
     scale_gradients,
-    scratch_like,
+    scratch,
 )
 from flora.ops.plan import Index
 
@@ -34,25 +34,24 @@ def linear(x_SNI: Tensor, operands: Operands, job: Job) -> Tensor:
     """The operator; see `adapted_linear`."""
     factors, plan, table = operands.factors, operands.plan, job.table
     frozen = operands.bias is None or not operands.bias.requires_grad
-    if table.scaled and table.in_order and frozen and not plan.additive:
-        x_SNI = x_SNI.contiguous()
-        copies_SNI = Expanded.apply(x_SNI, factors.hadamard_in, job)  # type: ignore[no-untyped-call]
+    fused = table.in_order and frozen and not (plan.weight_side or plan.additive)
+    if table.scaled and fused and factors.scales:
+        x_SNI, (in_PI, out_PO) = x_SNI.contiguous(), factors.scales
+        copies_SNI = Expanded.apply(x_SNI, in_PI, job)  # type: ignore[no-untyped-call]
         product_SNO = job.check(operands.base(copies_SNI))
         return Contracted.apply(  # type: ignore[no-untyped-call, no-any-return]
-            product_SNO, factors.hadamard_out, factors.bias, job
+            product_SNO, out_PO, factors.bias, job
         )
     return eager.linear(x_SNI, operands, weight_side=partial(_weight_side, job=job))
 
 
 def _weight_side(x_SNI: Tensor, operands: Operands, job: Job) -> Iterator[tuple[Index, Tensor]]:
-    if operands.plan.weight_side:
-        factors = operands.factors
-        yield (
-            None,
-            ModulatedRows.apply(  # type: ignore[no-untyped-call]
-                x_SNI, operands.weight, factors.hadamard_in, factors.hadamard_out, operands, job
-            ),
+    if operands.plan.weight_side and operands.factors.scales:
+        in_PI, out_PO = operands.factors.scales
+        y_SNO = ModulatedRows.apply(  # type: ignore[no-untyped-call]
+            x_SNI, operands.weight, in_PI, out_PO, operands, job
         )
+        yield None, y_SNO
 
 
 class Expanded(torch.autograd.Function):
@@ -156,7 +155,7 @@ class ModulatedRows(torch.autograd.Function):
             if dx is not None:
                 _put(dx, rows, dy, _modulated(weight_OI, first_page, pages, job))
             if din is not None and dout is not None:
-                g_OI = scratch_like(weight_OI)
+                g_OI = scratch("weight", weight_OI.shape, weight_OI.dtype)
                 torch.mm(dy.flatten(0, 1).T, take(x_SNI, rows).flatten(0, 1), out=g_OI)
                 own = slice(first_page, first_page + pages)
                 chunks = min(MOST_CHUNKS, -(-len(g_OI) // CHUNK_ROWS))
@@ -184,7 +183,7 @@ def _segments(operands: Operands, x_SNI: Tensor) -> Iterator[tuple[Index, int, i
 
 
 def _modulated(weight_OI: Tensor, first_page: int, pages: int, job: Job) -> Tensor:
-    by_OI = scratch_like(weight_OI)
+    by_OI = scratch("weight", weight_OI.shape, weight_OI.dtype)
     modulate(job.at, first_page, pages, weight_OI.data_ptr(), by_OI.data_ptr())
     return by_OI
 

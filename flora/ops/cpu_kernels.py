@@ -1,6 +1,8 @@
 """The C++ kernels for CPUs, and what they are told of a batch."""
 
+from collections.abc import Sequence
 from ctypes import Structure, addressof, c_int64, c_void_p
+from math import prod
 from threading import local
 from typing import ClassVar
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from flora.errors import ShapeError
 from flora.ops import Operands
 from flora.ops.build import load_kernels
+from flora.ops.factors import Pages
 from flora.ops.table import Table, make_table
 
 kernels = load_kernels()
@@ -19,11 +22,18 @@ modulation_gradients, scale_gradients = kernels.modulation_gradients, kernels.sc
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class _Pages(Structure):
+    """`Pages` in cpu.cpp."""
+
+    _fields_: ClassVar = [("pool", c_void_p), ("index", c_void_p), ("count", c_int64)]
+
+
 class _Job(Structure):
     """`Job` in cpu.cpp."""
 
     _fields_: ClassVar = [
-        *((name, c_void_p) for name in ("rows", "in_pages", "out_pages", "down", "up", "biases")),
+        ("rows", c_void_p),
+        *((name, _Pages) for name in ("b", "a", "down", "up", "biases")),
         *((name, c_int64) for name in ("S", "N", "I", "O", "dtype")),
     ]
 
@@ -42,29 +52,37 @@ class Job:
         self.dtype = dtype
         self.x_shape = S, N, I = x_SNI.shape  # noqa: E741
         self.out_features = O = factors.out_features or 0  # noqa: E741
-        parts = {
-            "in_pages": (factors.hadamard_in, torch.float32),
-            "out_pages": (factors.hadamard_out, torch.float32),
-            "down": (factors.down, dtype),
-            "up": (factors.up, dtype),
-            "biases": (factors.bias, dtype),
+        self._kept: list[Tensor] = []
+        pages = {
+            name: _Pages(*self._lay(family, which, kind))
+            for name, family, which, kind in (
+                ("b", factors.hadamard, 0, torch.float32),
+                ("a", factors.hadamard, 1, torch.float32),
+                ("down", factors.low_rank, 0, dtype),
+                ("up", factors.low_rank, 1, dtype),
+                ("biases", factors.biases, 0, dtype),
+            )
+            if family is not None
         }
-        self.tensors = {"rows": self.table.rows} | {
-            name: part.detach().to(kind).contiguous()
-            for name, (part, kind) in parts.items()
-            if part is not None
-        }
-        addresses = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
-        self._job = _Job(**addresses, S=S, N=N, I=I, O=O, dtype=DTYPES.index(dtype))
+        self._job = _Job(
+            rows=self.table.rows.data_ptr(), S=S, N=N, I=I, O=O, dtype=DTYPES.index(dtype), **pages
+        )
         self.at = addressof(self._job)
         bias_O = operands.bias
         self.bias = None if bias_O is None else bias_O.detach().to(dtype).contiguous()
         self.bias_at = 0 if self.bias is None else self.bias.data_ptr()
 
-    def is_neutral(self, name: str) -> bool:
-        """Whether these Hadamard pages, if there are any, are ones: nothing is scaled by them."""
-        pages = self.tensors.get(name)
-        return pages is None or bool((pages == 1).all())
+    def _lay(self, pages: Pages, which: int, dtype: torch.dtype) -> tuple[int, int, int]:
+        """Where one pool is, and the index, and how many pages are taken."""
+        pool, index = pages.pools[which].detach(), pages.index
+        if index is not None and pool.dtype != dtype:
+            pool, index = pool.index_select(0, index), None
+        pool = pool.to(dtype).contiguous()
+        self._kept.append(pool)
+        if index is None:
+            return pool.data_ptr(), 0, len(pool)
+        self._kept.append(index)
+        return pool.data_ptr(), index.data_ptr(), len(index)
 
     def check(self, product_TNO: Tensor) -> Tensor:
         """What a black box returned, as the kernels take it. Raises ShapeError."""
@@ -77,16 +95,19 @@ class Job:
         return product_TNO.to(self.dtype).contiguous()
 
 
-_scratch = local()
+_memory = local()
 
 
-def scratch_like(weight_OI: Tensor) -> Tensor:
-    """Memory for one modulated W0, which the next layer will use again.
+def scratch(use: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for one use within a layer, which the next layer will use again.
 
-    One a thread and as large as the largest layer: new memory takes longer to get than to fill.
+    One a thread and use, as large as the largest layer's: new memory takes longer to get than to
+    fill.
     """
-    kept: Tensor | None = getattr(_scratch, "bytes", None)
-    if kept is None or kept.numel() < weight_OI.nbytes:
+    count = prod(shape)
+    kept: Tensor | None = getattr(_memory, use, None)
+    if kept is None or kept.numel() < count * dtype.itemsize:
         with torch.inference_mode(False):
-            kept = _scratch.bytes = torch.empty(weight_OI.nbytes, dtype=torch.uint8)
-    return kept[: weight_OI.nbytes].view(weight_OI.dtype).view_as(weight_OI)
+            kept = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+        setattr(_memory, use, kept)
+    return kept[: count * dtype.itemsize].view(dtype).view(shape)

@@ -23,9 +23,9 @@ WeightSide = Callable[[Tensor, Operands], Iterable[tuple[Index, Tensor]]]
 
 def weight_side(x_SNI: Tensor, operands: Operands) -> Iterator[tuple[Index, Tensor]]:
     """One group after the other."""
-    in_PI, out_PO = operands.factors.hadamard_in, operands.factors.hadamard_out
-    if in_PI is None or out_PO is None:
+    if not operands.plan.weight_side or operands.factors.scales is None:
         return
+    in_PI, out_PO = operands.factors.scales
     for rows, pages in operands.plan.on(x_SNI.device).weight_side:
         yield (
             rows,
@@ -51,9 +51,9 @@ def _hadamard(x_SNI: Tensor, operands: Operands, weight_side: WeightSide) -> Ten
     """In fp32, but in x's type where no row is scaled."""
     base, factors, plan = operands.base, operands.factors, operands.plan
     count, on = x_SNI.shape[0], plan.on(x_SNI.device)
-    in_PI, out_PO = factors.hadamard_in, factors.hadamard_out
-    if in_PI is None or out_PO is None:
+    if factors.scales is None:
         return base(x_SNI)
+    in_PI, out_PO = factors.scales
 
     def pages_of(index: Index) -> tuple[Tensor, Tensor]:
         return take(in_PI, index).unsqueeze(1), take(out_PO, index).unsqueeze(1)
@@ -80,9 +80,9 @@ def _hadamard(x_SNI: Tensor, operands: Operands, weight_side: WeightSide) -> Ten
 
 
 def _add_low_rank(y_SNO: Tensor, x_SNI: Tensor, factors: BatchFactors, plan: Plan) -> Tensor:
-    down, up = factors.down, factors.up
-    if down is None or up is None:
+    if factors.additive is None:
         return y_SNO
+    down, up = factors.additive
 
     def pages_of(index: Index, rank: int) -> tuple[Tensor, Tensor]:
         down_SRI = take(down, index).to(x_SNI.dtype).unflatten(0, (-1, rank))

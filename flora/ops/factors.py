@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -14,28 +15,50 @@ BaseProduct = Callable[[Tensor], Tensor]
 """The base layer as a black box: `[..., in]` to `[..., out]`, without its bias."""
 
 
+@dataclass(frozen=True, eq=False)
+class Pages:
+    """Pages of one pool, or of two that belong together, which a batch reads where they lie.
+
+    pools:   each `[capacity, width]`.
+    index:   `[P]`, int32: the pages that are taken, in order. None for all; the last Hadamard page
+             is then one of ones.
+    neutral: for each pool whether all that is taken is known to be ones.
+    """
+
+    pools: tuple[Tensor, ...]
+    index: Tensor | None = None
+    neutral: tuple[bool, ...] = (False, False)
+
+    def gather(self, ones: int = 0) -> tuple[Tensor, ...]:
+        """Copies of the pages, and behind them so many of ones; without an index the pools."""
+        if self.index is None:
+            return self.pools
+        copies = []
+        for pool in self.pools:
+            copy = pool.new_ones(len(self.index) + ones, pool.shape[1])
+            torch.index_select(pool, 0, self.index, out=copy[: len(self.index)])
+            copies.append(copy)
+        return tuple(copies)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BatchFactors:
     """The factors of a batch's G groups in one layer, page by page, group after group.
 
-    pairs:        h of each group, 0 where its product stays as it is.
-    ranks:        l of each group, 0 where nothing is added.
-    biased:       whether each group brings a bias in the place of the layer's own.
-    hadamard_in:  `[P + 1, in]`, P = Σ pairs; the last page is ones. None where P is 0.
-    hadamard_out: `[P + 1, out]`, likewise.
-    down:         `[R, in]`, R = Σ ranks. None where R is 0.
-    up:           `[R, out]`, likewise.
-    bias:         `[Σ biased, out]`. None where there is none.
+    pairs:    h of each group, 0 where its product stays as it is; P = Σ pairs.
+    ranks:    l of each group, 0 where nothing is added; R = Σ ranks.
+    biased:   whether each group brings a bias in the place of the layer's own.
+    hadamard: the P pages of b and a. None where P is 0.
+    low_rank: the R pages of V and U. None where R is 0.
+    biases:   the Σ biased pages. None where there is none.
     """
 
     pairs: tuple[int, ...]
     ranks: tuple[int, ...]
     biased: tuple[bool, ...]
-    hadamard_in: Tensor | None = None
-    hadamard_out: Tensor | None = None
-    down: Tensor | None = None
-    up: Tensor | None = None
-    bias: Tensor | None = None
+    hadamard: Pages | None = None
+    low_rank: Pages | None = None
+    biases: Pages | None = None
     _kept: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
 
     def keep(self, key: Hashable, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -49,13 +72,41 @@ class BatchFactors:
             self._kept[key] = make(*args, **kwargs)
         return self._kept[key]  # type: ignore[return-value]
 
+    @cached_property
+    def scales(self) -> tuple[Tensor, Tensor] | None:
+        """b `[P + 1, in]` and a `[P + 1, out]`, the last page being ones."""
+        if self.hadamard is None:
+            return None
+        in_PI, out_PO = self.hadamard.gather(ones=1)
+        return in_PI, out_PO
+
+    @cached_property
+    def additive(self) -> tuple[Tensor, Tensor] | None:
+        """V `[R, in]` and U `[R, out]`."""
+        if self.low_rank is None:
+            return None
+        down_RI, up_RO = self.low_rank.gather()
+        return down_RI, up_RO
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """`[Σ biased, out]`."""
+        return None if self.biases is None else self.biases.gather()[0]
+
+    @property
+    def in_features(self) -> int | None:
+        """The layer's, where some part says."""
+        parts = (self.hadamard, self.low_rank)
+        return next((p.pools[0].shape[1] for p in parts if p is not None), None)
+
     @property
     def out_features(self) -> int | None:
         """The layer's, where some part says."""
-        parts = (self.hadamard_out, self.up, self.bias)
-        return next((t.shape[1] for t in parts if t is not None), None)
+        parts = (self.hadamard, self.low_rank, self.biases)
+        return next((p.pools[-1].shape[1] for p in parts if p is not None), None)
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        parts = (self.hadamard_in, self.hadamard_out, self.down, self.up, self.bias)
-        return tuple(t for t in parts if t is not None)
+    def requires_grad(self) -> bool:
+        """Whether a gradient is wanted of some part."""
+        parts = (self.hadamard, self.low_rank, self.biases)
+        return any(t.requires_grad for p in parts if p is not None for t in p.pools)

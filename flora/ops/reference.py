@@ -32,20 +32,16 @@ def _linear(x_SNI: Tensor, operands: Operands) -> Tensor:
 
 def _dense(weight_OI: Tensor, factors: BatchFactors, group: int) -> Tensor:
     dense = weight_OI
-    if (
-        factors.pairs[group]
-        and factors.hadamard_in is not None
-        and factors.hadamard_out is not None
-    ):
+    if factors.pairs[group] and factors.scales:
+        in_PI, out_PO = factors.scales
         first = sum(factors.pairs[:group])
         modulation = torch.zeros_like(weight_OI)
         for page in range(first, first + factors.pairs[group]):
-            modulation = modulation + torch.outer(
-                factors.hadamard_out[page].double(), factors.hadamard_in[page].double()
-            )
+            modulation = modulation + torch.outer(out_PO[page].double(), in_PI[page].double())
         dense = dense * modulation
-    if factors.ranks[group] and factors.down is not None and factors.up is not None:
+    if factors.ranks[group] and factors.additive:
+        down_RI, up_RO = factors.additive
         first = sum(factors.ranks[:group])
         for page in range(first, first + factors.ranks[group]):
-            dense = dense + torch.outer(factors.up[page].double(), factors.down[page].double())
+            dense = dense + torch.outer(up_RO[page].double(), down_RI[page].double())
     return dense

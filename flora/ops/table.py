@@ -21,7 +21,8 @@ class Table(NamedTuple):
               its pages; None where W0 is modulated for no group.
     active:   how many copies go through W0 as it is.
     moved:    whether these are anything but the rows themselves.
-    scaled:   whether Hadamard pages are read at all.
+    scaled:   whether copies are: those on the active side, by their Hadamard pages.
+    in_order: whether each row has one copy, in the row's own place.
     lengths:  the copies of each segment.
     pairs:    those of the deepest segment.
     rank:     that of the deepest row.
@@ -33,14 +34,10 @@ class Table(NamedTuple):
     active: int
     moved: bool
     scaled: bool
+    in_order: bool
     lengths: tuple[int, ...]
     pairs: int
     rank: int
-
-    @property
-    def in_order(self) -> bool:
-        """Whether each row has one copy, and all go through W0 as it is."""
-        return self.active == len(self.copies) == len(self.rows)
 
 
 @lru_cache(maxsize=512)
@@ -86,7 +83,8 @@ def make_table(
             segments=numbers(segments) if segments else None,
             active=active,
             moved=copies[:active] != [(row, -1) for row in range(count)],
-            scaled=bool(segments) or any(page >= 0 for _, page in copies),
+            scaled=any(page >= 0 for _, page in copies),
+            in_order=[row for row, _ in copies] == list(range(count)),
             lengths=tuple(segment[1] for segment in segments),
             pairs=max((segment[3] for segment in segments), default=0),
             rank=max((ranks[group] for group in plan.rows), default=0),

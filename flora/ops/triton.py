@@ -59,8 +59,8 @@ def prepare(x_SNI: Tensor, operands: Operands) -> Linear:
 
 def _weight_side(table: Table) -> eager.WeightSide:
     def weight_side(x_SNI: Tensor, operands: Operands) -> Iterable[tuple[Index, Tensor]]:
-        in_PI, out_PO = operands.factors.hadamard_in, operands.factors.hadamard_out
-        if table.lengths and in_PI is not None and out_PO is not None:
+        if table.lengths and operands.factors.scales:
+            in_PI, out_PO = operands.factors.scales
             y_SNO = FusedModulation.apply(  # type: ignore[no-untyped-call]
                 x_SNI, operands.weight, in_PI.float(), out_PO.float(), table
             )
@@ -82,10 +82,11 @@ class PreparedLinear:
         def cast(part: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             return None if part is None else part.to(dtype).contiguous()
 
-        self.in_PI = cast(factors.hadamard_in, torch.float32) if table.scaled else None
-        self.out_PO = cast(factors.hadamard_out, torch.float32) if table.scaled else None
-        self.down_RI = cast(factors.down, dtype) if table.rank else None
-        self.up_RO, self.biases = cast(factors.up, dtype), cast(factors.bias, dtype)
+        scales = factors.scales if table.scaled or table.lengths else None
+        additive = factors.additive if table.rank else None
+        self.in_PI, self.out_PO = (cast(part, torch.float32) for part in scales or (None, None))
+        self.down_RI, self.up_RO = (cast(part, dtype) for part in additive or (None, None))
+        self.biases = cast(factors.bias, dtype)
         self.bias_O = cast(operands.bias, dtype)
         self.y_shape = *x_SNI.shape[:2], factors.out_features or 0
 

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flora.adapters.core import LayerFactors
-from flora.bank import join_factors
+from flora.adapters.core import Adapter, LayerFactors
+from flora.bank import AdapterBank, LayerSpec, join_factors
 from flora.errors import BackendError, ShapeError
 from flora.ops import BACKENDS
 from flora.ops import adapted_linear as front_door
 from flora.ops.adapted_linear import adapted_linear, prepare
+from flora.ops.factors import BatchFactors
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE
 from tests.helpers import assert_no_worse, random_factors
 
@@ -114,12 +115,32 @@ def definition(layer: Layer) -> Tensor:
     return torch.stack(rows).reshape(layer.grad.shape)
 
 
+def batch_factors(layer: Layer) -> BatchFactors:
+    """As training has them, or without gradients as a bank lends them, its pages out of order."""
+    if not torch.is_grad_enabled():
+        out_features, in_features = layer.weight.shape
+        spec = LayerSpec(
+            out_features=out_features,
+            in_features=in_features,
+            dtype=layer.weight.dtype,
+            device=layer.weight.device,
+        )
+        bank = AdapterBank({"layer": spec})
+        for number, factors in reversed(list(enumerate(layer.groups))):
+            if factors is not None:
+                bank.load(Adapter(kind="X", identity=str(number), layers={"layer": factors}))
+        names = [factors and str(number) for number, factors in enumerate(layer.groups)]
+        if (lent := bank.factors("layer", names)) is not None:
+            return lent
+    return join_factors(layer.groups, layer.weight.dtype)
+
+
 def operator(backend: str, *, weight: bool) -> Compute:
     def compute(layer: Layer) -> Tensor:
         return adapted_linear(
             layer.x,
             lambda x: F.linear(x, layer.weight),
-            join_factors(layer.groups, layer.weight.dtype),
+            batch_factors(layer),
             layer.rows,
             bias=layer.bias,
             weight=layer.weight if weight else None,
@@ -376,14 +397,39 @@ def test_factors_serve_several_backwards():
     """What is kept from step to step of a generation has no graph."""
     layer = make_layer([{"pairs": 1}, {"rank": 2}], [0, 1, 0])
     factors = join_factors(layer.groups, torch.float32)
-    for tensor in factors.tensors:
+    pools = [*factors.hadamard.pools, *factors.low_rank.pools]
+    for tensor in pools:
         tensor.requires_grad_()
     for step in range(4):
         with torch.set_grad_enabled(step > 0):
             y = adapted_linear(layer.x, lambda x: F.linear(x, layer.weight), factors, layer.rows)
         if step:
             y.sum().backward()
-    assert all(tensor.grad is not None for tensor in factors.tensors)
+    assert all(tensor.grad is not None for tensor in pools)
+
+
+@pytest.mark.parametrize("backend", TRAINED)
+def test_the_gradient_of_x_through_resident_adapters(side, backend):
+    layer = make_layer(MIXED, MIXED_ROWS)
+    with torch.no_grad():
+        lent = batch_factors(layer)
+    joined = batch_factors(layer)
+    assert lent.hadamard.index is not None
+    assert joined.hadamard.index is None
+    grads = []
+    for factors in (lent, joined):
+        x = layer.x.clone().requires_grad_()
+        y = adapted_linear(
+            x,
+            lambda x: F.linear(x, layer.weight),
+            factors,
+            layer.rows,
+            weight=layer.weight if side == "weight" else None,
+            backend=backend,
+        )
+        y.backward(layer.grad)
+        grads.append(x.grad)
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -424,7 +470,9 @@ def test_nothing_of_the_size_of_a_product_is_kept_for_the_backward(weight):
     layer.x.requires_grad_()
     factors = [LayerFactors(**{n: t.requires_grad_() for n, t in f.parts()}) for f in layer.groups]
     joined = join_factors(factors, torch.float32)
-    given = {t.untyped_storage().data_ptr() for t in (layer.x, layer.weight, *joined.tensors)}
+    given = {
+        t.untyped_storage().data_ptr() for t in (layer.x, layer.weight, *joined.hadamard.pools)
+    }
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -441,7 +489,7 @@ def test_nothing_of_the_size_of_a_product_is_kept_for_the_backward(weight):
             layer.rows,
             weight=layer.weight if weight else None,
         )
-    selections = layer.x.nbytes + sum(t.nbytes for t in joined.tensors) + 1024
+    selections = layer.x.nbytes + sum(t.nbytes for t in joined.hadamard.pools) + 1024
     assert selections < y.nbytes / 5
     assert sum(kept.values()) <= selections
 
@@ -464,14 +512,15 @@ def test_at_one_pair_one_product_is_kept_and_none_taken_again():
 def test_w0_gets_no_gradient(weight):
     layer = make_layer([{"pairs": 3}], [0, 0], tokens=200)
     factors = join_factors(layer.groups, torch.float32)
-    factors.hadamard_in.requires_grad_()
+    in_PI, _ = factors.hadamard.pools
+    in_PI.requires_grad_()
     own = layer.weight.clone().requires_grad_()
     y = adapted_linear(
         layer.x, lambda x: F.linear(x, own), factors, layer.rows, weight=own if weight else None
     )
     y.sum().backward()
     assert own.grad is None
-    assert factors.hadamard_in.grad is not None
+    assert in_PI.grad is not None
 
 
 def test_a_plan_made_in_inference_mode_serves_training(side):
