@@ -14,11 +14,13 @@ COMMANDS = {
     "generate": "flora.commands.generate",
     "inspect": "flora.commands.inspect",
     "merge": "flora.commands.merge",
+    "plot": "flora.commands.plot",
     "train": "flora.commands.train",
 }
 
-EXTRAS = ("accelerate", "gguf", "peft", "transformers", "yaml")
-"""What the extras of flora-llm bring."""
+EXTRAS = dict.fromkeys(("accelerate", "gguf", "peft", "transformers", "yaml"), "demo")
+EXTRAS["matplotlib"] = "plot"
+"""The extra of flora-llm that brings a package."""
 
 app = typer.Typer(
     help="Batched low-rank adaptation: one batch, each row with its own adapter.",
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
-        code = _fail(f"this needs {error.name}: pip install 'flora-llm[demo]'", 1)
+        code = _fail(f"this needs {error.name}: pip install 'flora-llm[{EXTRAS[error.name]}]'", 1)
     except KeyboardInterrupt:
         code = _fail("stopped", 130)
     except Exception as error:

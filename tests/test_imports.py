@@ -14,6 +14,7 @@ HEAVY = {
     "bitsandbytes",
     "fastapi",
     "huggingface_hub",
+    "matplotlib",
     "peft",
     "pydantic",
     "ray",
