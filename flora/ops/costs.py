@@ -24,7 +24,7 @@ from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE, Costs, make_plan
 
 logger = logging.getLogger(__name__)
 
-COPIES = (2, 8, 32, 128, 512)
+COPIES = (2, 8, 16, 32, 64, 128, 256, 512)
 """Of one token by one pair, through W0; a large layer is measured at the first few."""
 
 LAYER_SECONDS = 0.2

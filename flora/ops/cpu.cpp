@@ -391,6 +391,19 @@ void expand(const Job& job, const void* x, void* to) {
   });
 }
 
+// Whether rows of one token each can be taken for one row's tokens: they have one adapter, and one
+// copy each, which stand together.
+inline bool alike(const Row* rows) {
+  const auto factors = [](const Row& row) {
+    return std::tie(row.copies, row.first_page, row.first_rank, row.rank, row.bias);
+  };
+  for (int64_t k = 0; k < kTokens; ++k) {
+    const bool next = rows[k].copies == 1 && rows[k].first_copy == rows[0].first_copy + k;
+    if (!next || factors(rows[k]) != factors(rows[0])) return false;
+  }
+  return true;
+}
+
 // product [T, N, O] -> to [S, N, O]: each row's copies scaled and summed, with its additive part and
 // bias. `to` may be the product where each row has one copy, in its own place.
 void contract(const Job& job, const void* product, const void* x, const void* bias, void* to) {
@@ -408,6 +421,9 @@ void contract(const Job& job, const void* product, const void* x, const void* bi
         const int64_t s = block / blocks, first = block % blocks * kTokens;
         if (first + kTokens <= N) {
           part.template run<kTokens>(row, s, first);
+        } else if (N == 1 && block + kTokens <= end && alike(&row)) {
+          part.template run<kTokens>(row, s, first);
+          block += kTokens - 1;
         } else {
           for (int64_t token = first; token < N; ++token) part.template run<1>(row, s, token);
         }

@@ -296,6 +296,20 @@ def test_any_mix(backend, layer, weight):
 @pytest.mark.parametrize("backend", JUDGED)
 @given(layers(dtypes=[*DTYPES, torch.float16]), st.booleans())
 def test_any_mix_without_gradients(backend, layer, weight):
+    check_without_gradients(layer, backend, weight=weight)
+
+
+@pytest.mark.parametrize("backend", JUDGED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [5, 70])
+def test_neighbours_of_one_adapter(backend, dtype, width):
+    rows = [1] * 9 + [4] * 5 + [0] * 6 + [4] * 4 + [2] * 5 + [7] * 4 + [6] * 5 + [1] * 3
+    size = {"out_features": width, "in_features": width + 4}
+    layer = make_layer(MIXED, rows, tokens=1, dtype=dtype, **size)
+    check_without_gradients(layer, backend, weight=True)
+
+
+def check_without_gradients(layer: Layer, backend: str, *, weight: bool) -> None:
     truth = operator("reference", weight=True)(in_double(layer))
     half = layer.x.dtype.itemsize == 2
     with torch.no_grad():
