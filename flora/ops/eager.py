@@ -48,7 +48,7 @@ def linear(x_SNI: Tensor, operands: Operands, *, weight_side: WeightSide = weigh
 
 
 def _hadamard(x_SNI: Tensor, operands: Operands, weight_side: WeightSide) -> Tensor:
-    """In fp32, but in x's type where no row is scaled."""
+    """In fp32, but in x's type where no row is scaled, or nothing is added to one product."""
     base, factors, plan = operands.base, operands.factors, operands.plan
     count, on = x_SNI.shape[0], plan.on(x_SNI.device)
     if factors.scales is None:
@@ -72,7 +72,10 @@ def _hadamard(x_SNI: Tensor, operands: Operands, weight_side: WeightSide) -> Ten
                 b, a = factors.keep(plan.passes[number].pages, pages_of, pages)
                 part = scaled_product(x, b, a, base)
             y = add_rows(y, part, rows, count)
+    added = plan.additive or plan.bias is not None or operands.bias is not None
     for rows, part in weight_side(x_SNI, operands):
+        if rows is None and y is None and not added:
+            return part
         y = add_rows(y, part.to(in_PI.dtype), rows, count)
     if y is None:
         raise ValueError("a plan without a product")
