@@ -1,5 +1,6 @@
 """Tokens per second of `generate` in the transformers host, beside the base's and PEFT's."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -52,17 +53,17 @@ def measure(
     mixes:   the adapters of a batch, each made as often as `distinct` asks for.
     systems: of `SYSTEMS`. PEFT runs its own kinds, and different adapters for LoRA only.
 
-    A record's limit: W0 has to be read for each pair of a row, or modulated for each adapter,
-    whichever is faster, and the factors have to be read. Raises UsageError for another system.
+    A record's limit: the base's own time, and what W0's products take more for a copy of a row for
+    each pair, or one pass over each adapter's modulated W0, whichever is faster; and the factors
+    have to be read. Raises UsageError for another system.
     """
     check_systems(systems, SYSTEMS)
     with keep_flags(model), ExitStack() as stack:
         plain = share_weights(model)
         base = ModelBase(plain)
-        own = f"base of {load.rows} rows"
-        runs = {own: _generates(plain, load, load.rows)}
+        runs = {"base": _generates(plain, load)}
         records: list[dict[str, Any]] = [
-            {"system": "base", "kind": None, "rank": None, "run": own, "limit": (None, 0.0)}
+            {"system": "base", "kind": None, "rank": None, "run": "base", "limit": (Counter(), 0)}
         ]
         adapters: dict[str, Adapter] = {}
         for number, mix in enumerate(mixes):
@@ -72,16 +73,16 @@ def measure(
                 made = {f"{number}-{i}": spec.adapter(base, i) for i, spec in enumerate(distinct)}
                 adapters |= made
                 rows = _rows(list(made), load)
-                wide, bytes_read = _limit(made, rows, load, base)
-                runs[run := f"flora {number}"] = _generates(model, load, load.rows, rows)
-                if wide:
-                    runs.setdefault(f"base of {wide} rows", _generates(plain, load, wide))
-                records.append({"system": "flora", "run": run, "limit": (wide, bytes_read)} | facts)
+                limit = _limit(made, rows, load, base)
+                runs[run := f"flora {number}"] = _generates(model, load, rows)
+                for tokens in limit[0]:
+                    runs.setdefault(_products_run(tokens), _products(base, tokens))
+                records.append({"system": "flora", "run": run, "limit": limit} | facts)
             for system in systems:
                 if (loaded := _in_peft(system, mix, load, plain, base)) is not None:
                     names = list(loaded.peft_config)
                     named = None if system == "peft-one" else _rows(names, load)
-                    runs[run := f"{system} {number}"] = _generates(loaded, load, load.rows, named)
+                    runs[run := f"{system} {number}"] = _generates(loaded, load, named)
                     records.append({"system": system, "run": run, "distinct": len(names)} | facts)
         if adapters:
             flora.attach(model, adapters)
@@ -90,12 +91,14 @@ def measure(
     for record in records:
         found = seconds[record.pop("run")]
         record["tokens_per_second"] = load.rows * load.new_tokens / median(found)
-        record["ratio_to_base"] = speed_ratio(found, seconds[own])
-        if limit := record.pop("limit", None):
-            wide, bytes_read = limit
-            known = seconds[f"base of {wide or load.rows} rows"]
-            added = bytes_read / bandwidth(model.device)
-            record["ratio_to_limit"] = speed_ratio(found, [s + added for s in known])
+        record["ratio_to_base"] = speed_ratio(found, seconds["base"])
+        if "limit" in record:
+            products, bytes_read = record.pop("limit")
+            parts = [seconds["base"], [bytes_read / bandwidth(model.device)] * len(found)]
+            for tokens, times in products.items():
+                parts.append([times * s for s in seconds[_products_run(tokens)]])
+            limits = [sum(of_turn) for of_turn in zip(*parts, strict=True)]
+            record["ratio_to_limit"] = speed_ratio(found, limits)
         record |= asdict(load) | record
     return records
 
@@ -106,22 +109,47 @@ def _rows(names: Sequence[str], load: Load) -> list[str]:
 
 def _limit(
     adapters: dict[str, Adapter], rows: Sequence[str], load: Load, base: ModelBase
-) -> tuple[int | None, float]:
-    """The rows of a base that reads W0 for each pair, if that is faster, and the bytes beside it.
+) -> tuple[Counter[int], int]:
+    """What the base does not do: products of W0 by their tokens, less its own, and bytes to read.
 
-    The other way is the base with its own rows, and each adapter's modulated weight. A batch reads
-    its factors once a forward.
+    For each pair its own product, if that is faster; or else each adapter's modulated weights. A
+    batch reads its factors once a forward.
     """
     layers = [adapter.layers for adapter in adapters.values()]
     factors = sum(t.nbytes for own in layers for f in own.values() for _, t in f.parts())
     pairs = max(sum(max(1, adapters[n].layers[m].pairs) for n in rows) for m in layers[0])
-    if pairs == load.rows:
-        return None, load.new_tokens * factors
     if load.prompt_tokens * (pairs - load.rows) <= MODULATION_TOKENS * load.distinct:
-        return pairs, load.new_tokens * factors
+        products: Counter[int] = Counter()
+        for tokens, times in ((load.prompt_tokens, 1), (1, load.new_tokens - 1)):
+            products[pairs * tokens] += times
+            products[load.rows * tokens] -= times
+        more = Counter({tokens: times for tokens, times in products.items() if times})
+        return more, load.new_tokens * factors
     sizes = {m: base.specs[m].dtype.itemsize * o * i for m, (o, i) in base.shapes.items()}
     modulated = sum(sizes[m] for own in layers for m, f in own.items() if f.pairs > 1)
-    return None, load.new_tokens * (factors + modulated)
+    return Counter(), load.new_tokens * (factors + modulated)
+
+
+def _products_run(tokens: int) -> str:
+    return f"products of {tokens} tokens"
+
+
+def _products(base: ModelBase, tokens: int) -> Callable[[], None]:
+    """A function that takes once the product of each layer but the head."""
+    layers = [layer for name, layer in base.layers.items() if name != base.head]
+    spec = next(iter(base.specs.values()))
+    inputs = {
+        width: torch.randn(tokens, width).to(spec.device, spec.dtype)
+        for width in {layer.in_features for layer in layers}
+    }
+
+    def run() -> None:
+        with torch.inference_mode():
+            for layer in layers:
+                layer.product(inputs[layer.in_features])
+        synchronize(spec.device)
+
+    return run
 
 
 def _in_peft(
@@ -147,12 +175,10 @@ def _in_peft(
     return model.eval()
 
 
-def _generates(
-    model: Any, load: Load, rows: int, names: Sequence[str] | None = None
-) -> Callable[[], None]:
-    """A function that generates with so many rows."""
+def _generates(model: Any, load: Load, names: Sequence[str] | None = None) -> Callable[[], None]:
+    """A function that generates."""
     generator = torch.Generator().manual_seed(0)
-    size = rows, load.prompt_tokens
+    size = load.rows, load.prompt_tokens
     prompts = torch.randint(model.config.vocab_size, size, generator=generator).to(model.device)
     settings = {} if names is None else {"adapter_names": list(names)}
 

@@ -38,15 +38,11 @@ def test_the_records():
         assert record["tokens_per_second"] > 0
         assert record["ratio_to_base"] > 0
         assert record["ratio_to_limit"] > 0
-    # 6 rows of two pairs, and of one, two and none: the base with 12, and with 8 rows.
-    assert set(turns) == {
-        "base of 6 rows",
-        "flora 0",
-        "base of 12 rows",
-        "flora 1",
-        "base of 8 rows",
-    }
-    assert len(turns) == 3 * 5
+    # 6 rows of two pairs, and of one, two and none: products of 12 and of 8 rows beside those of 6,
+    # for the prompt's four tokens and for a step's one.
+    products = {f"products of {tokens} tokens" for tokens in (6, 8, 12, 24, 32, 48)}
+    assert set(turns) == {"base", "flora 0", "flora 1"} | products
+    assert len(turns) == 3 * 9
 
 
 def test_what_is_timed_is_a_batch_of_different_adapters(monkeypatch):
@@ -100,9 +96,7 @@ def test_peft_generates_what_flora_does(monkeypatch):
         ("LORA/use_dora", "flora", 2),
         ("LORA/use_dora", "peft-one", 1),
     ]
-    # The last turn, without the bases of more rows that the limits ask for.
-    ran = [out for out in outputs if len(out) == 4]
-    base, lora, peft, one, *_ = ran[len(ran) // 2 :]
+    base, lora, peft, one, *_ = outputs[len(outputs) // 2 :]
     assert torch.equal(lora, peft)
     assert torch.equal(one[0], lora[0])
     assert not torch.equal(base, lora)
@@ -121,10 +115,11 @@ def test_a_long_prompt_is_held_against_the_modulated_weights():
     rows = ["0", "1", "0"]
     factors = sum(t.nbytes for a in made.values() for f in a.layers.values() for _, t in f.parts())
     steps = Load(rows=3, distinct=2, prompt_tokens=4, new_tokens=3)
-    assert _limit(made, rows, steps, base) == (12, 3 * factors)
+    more = {48: 1, 12: 2 - 1, 3: -2}  # a step's copies are as many as the prompt's tokens
+    assert _limit(made, rows, steps, base) == (more, 3 * factors)
     prompts = Load(rows=3, distinct=2, prompt_tokens=512, new_tokens=1)
     weights = sum(4 * o * i for m, (o, i) in base.shapes.items() if m != base.head)
-    assert _limit(made, rows, prompts, base) == (None, factors + 2 * weights)
+    assert _limit(made, rows, prompts, base) == ({}, factors + 2 * weights)
 
 
 def test_the_command(tmp_path, capsys):
