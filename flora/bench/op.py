@@ -55,6 +55,7 @@ def measure(
     dtype: torch.dtype,
     device: torch.device,
     systems: Sequence[str] = SYSTEMS,
+    backend: str = "auto",
     repeats: int,
 ) -> list[dict[str, Any]]:
     """A record of each system with each kind that it runs, `seconds` for one layer, in turns.
@@ -62,7 +63,7 @@ def measure(
     A record's `limit_seconds`: the base's product for all pairs of the rows, or for the rows and
     one pass over each adapter's modulated W0, whichever is less; then the factors' bytes, and the
     additive part's operations at the speed that the base has with many rows.
-    Raises UsageError for another system.
+    Raises UsageError for another system, BackendError.
     """
     check_systems(systems, SYSTEMS)
     generator = torch.Generator().manual_seed(0)
@@ -80,12 +81,12 @@ def measure(
         runs["wide base"] = product(copies)
     runs["busy base"] = product(BUSY_ROWS)
     found: list[tuple[str, str]] = []
-    for system, kind, run in _systems(load, weight_OI, systems, generator):
+    for system, kind, run in _systems(load, weight_OI, systems, backend, generator):
         runs[f"{system} {kind}"] = run
         found.append((system, kind))
     with torch.no_grad():
         seconds = measure_in_turns(
-            {name: _until_done(run, device) for name, run in runs.items()},
+            {name: _until_done(run, device, name) for name, run in runs.items()},
             repeats=repeats,
             least_seconds=LEAST_SECONDS,
             warm=True,
@@ -96,6 +97,7 @@ def measure(
         "layer": load.layer,
         "tokens": 1,
         "dtype": str(dtype).removeprefix("torch."),
+        "backend": backend,
     }
     records = [facts | {"system": "base", "kind": None, "rank": None, "seconds": median(own)}]
     for system, kind in found:
@@ -115,10 +117,10 @@ def measure(
     return records
 
 
-def explain(load: Load, *, dtype: torch.dtype, device: torch.device) -> str:
+def explain(load: Load, *, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
     """What the plan picks for FLoRA, and what it expects of each side, in a line."""
     weight_OI = torch.ones(load.out_features, load.in_features, dtype=dtype, device=device)
-    costs = layer_costs(weight_OI, "auto", grad=False)
+    costs = layer_costs(weight_OI, backend, grad=False)
     rows = tuple(row % load.distinct for row in range(load.rows))
     plan = make_plan(
         rows,
@@ -145,7 +147,11 @@ def explain(load: Load, *, dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _systems(
-    load: Load, weight_OI: Tensor, systems: Sequence[str], generator: torch.Generator
+    load: Load,
+    weight_OI: Tensor,
+    systems: Sequence[str],
+    backend: str,
+    generator: torch.Generator,
 ) -> Iterator[tuple[str, str, Callable[[], object]]]:
     device, dtype = weight_OI.device, weight_OI.dtype
     sides: dict[str, Costs | None] = {
@@ -185,6 +191,7 @@ def _systems(
                     join_factors(layers, dtype),
                     rows,
                     weight=weight_OI,
+                    backend=backend,
                     costs=sides[system],
                 )
                 yield system, kind, partial(linear, x_SNI)
@@ -223,7 +230,19 @@ def _peft_layer(weight_OI: Tensor, down: Sequence[Tensor], up: Sequence[Tensor])
     return layer.eval()
 
 
-def _until_done(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
+def _until_done(run: Callable[[], object], device: torch.device, name: str) -> Callable[[], None]:
+    """The run until the device has done it.
+
+    On a GPU the replay of a CUDA graph, as to launch a layer's kernels takes longer than they do;
+    but not PEFT's, which reads its names anew.
+    """
+    if device.type == "cuda" and not name.startswith("peft"):
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+
     def timed() -> None:
         run()
         synchronize(device)

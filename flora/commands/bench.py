@@ -42,6 +42,9 @@ Kinds = Annotated[
 ]
 Ranks = Annotated[str, typer.Option(help="Ranks of the kinds that name none, by comma.")]
 Systems = Annotated[str, typer.Option(help="What is measured beside the base, by comma.")]
+Backend = Annotated[
+    str, typer.Option(help="flora's backend: auto, eager, cpu, triton or reference.")
+]
 Repeats = Annotated[int, typer.Option(min=1, help="Counted turns of each.")]
 
 
@@ -60,6 +63,7 @@ def op(
     ranks: Annotated[str, typer.Option(help="Ranks, by comma.")] = "1,2,4,8,16,64",
     systems: Systems = "flora,flora-activation,flora-weight,bmm,peft",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    backend: Backend = "auto",
     repeats: Repeats = 5,
     explain: Annotated[bool, typer.Option(help="Say what the plan picks, and why.")] = False,
     fresh: Annotated[bool, typer.Option(help="Measure the plan's costs again.")] = False,
@@ -75,7 +79,11 @@ def op(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"--dtype {dtype!r}: float32, bfloat16 or float16")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+    settings: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "device": device,
+        "backend": backend,
+    }
     if fresh:
         forget_costs()
     layers = _shapes(model, shapes)
@@ -232,13 +240,14 @@ def _batches(rows: str, distinct: str) -> list[tuple[int, int]]:
 def _keep(
     records: Iterable[dict[str, Any]], study: str, model: str | None, path: Path | None
 ) -> None:
-    """Write the records with what they were measured on."""
+    """Write the records, a line each, with what they were measured on."""
     from flora.bench.environment import environment
 
     if path:
         facts = {"study": study, "model": model or "SmolLM2-135M-Instruct"} | environment()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([facts | record for record in records], indent=2) + "\n")
+        lines = ",\n".join(json.dumps(facts | record) for record in records)
+        path.write_text(f"[\n{lines}\n]\n")
 
 
 def _print(

@@ -31,7 +31,7 @@ def test_each_system_runs_the_kinds_that_it_can():
     weight = torch.randn(12, 8, generator=generator)
     found = {
         (system, kind): run()
-        for system, kind, run in op._systems(load(), weight, SYSTEMS, generator)
+        for system, kind, run in op._systems(load(), weight, SYSTEMS, "auto", generator)
     }
     assert set(found) == {
         ("flora", "FLORA"),
@@ -49,7 +49,7 @@ def test_one_kind_has_one_result_whatever_computes_it():
     with torch.no_grad():
         for system in SYSTEMS:
             generator = torch.Generator().manual_seed(2)  # the same adapters for each
-            for _, kind, run in op._systems(load(), weight, [system], generator):
+            for _, kind, run in op._systems(load(), weight, [system], "auto", generator):
                 results.setdefault(kind, []).append(run())
     assert {kind: len(found) for kind, found in results.items()} == {"FLORA": 3, "LORA": 3}
     for first, *others in results.values():
