@@ -13,6 +13,9 @@ from flora.adapters.targets import ALL_LINEAR, targeted
 from flora.base import ModelBase
 from flora.errors import UsageError
 
+BASE = "BASE"
+"""In place of a kind: rows without an adapter, beside others."""
+
 SPREAD = 0.05
 """Standard deviation around the start: every tensor moves, and the model goes on to work."""
 
@@ -59,9 +62,9 @@ class Spec:
 
 
 def parse_specs(text: str, rank: int) -> list[Spec]:
-    """The adapters of a batch: `KIND[/flag…][:rank]`, several joined by `+`.
+    """The adapters of a batch: `KIND[/flag…][:rank]` or `BASE`, several joined by `+`.
 
-    rank: of those that name none. Raises UsageError.
+    rank: of those that name none. Raises UsageError, also where there are base rows alone.
     """
     specs = []
     for part in text.split("+"):
@@ -69,7 +72,7 @@ def parse_specs(text: str, rank: int) -> list[Spec]:
         if found is None:
             raise UsageError(f"{part!r} is no KIND[/flag][:rank]")
         name, flags, own = found.groups()
-        has_rank = get_kind(name).Config.rank_field is not None
+        has_rank = name.upper() != BASE and get_kind(name).Config.rank_field is not None
         if own and not has_rank:
             raise UsageError(f"{name} has no rank")
         specs.append(
@@ -79,4 +82,6 @@ def parse_specs(text: str, rank: int) -> list[Spec]:
                 flags=tuple(flags.split("/")[1:]),
             )
         )
+    if all(spec.kind == BASE for spec in specs):
+        raise UsageError(f"{text!r}: the base is measured anyhow; name an adapter")
     return specs

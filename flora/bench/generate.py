@@ -15,7 +15,7 @@ import flora
 from flora.adapters.checkpoint import write_checkpoint
 from flora.adapters.core import Adapter
 from flora.base import ModelBase
-from flora.bench.adapters import Spec
+from flora.bench.adapters import BASE, Spec
 from flora.bench.limit import bandwidth, synchronize
 from flora.bench.sharing import keep_flags, share_weights
 from flora.bench.turns import check_systems, measure_in_turns, speed_ratio
@@ -50,7 +50,8 @@ def measure(
     """A record of the base and of each system with each mix that it can run, measured in turns.
 
     model:   in evaluation mode; it has the adapters attached while this runs.
-    mixes:   the adapters of a batch, each made as often as `distinct` asks for.
+    mixes:   the adapters of a batch, each made as often as `distinct` asks for; one of more kinds
+             than that is left out.
     systems: of `SYSTEMS`. PEFT runs its own kinds, and different adapters for LoRA only.
 
     A record's limit: the base's own time, and what W0's products take more for a copy of a row for
@@ -67,12 +68,19 @@ def measure(
         ]
         adapters: dict[str, Adapter] = {}
         for number, mix in enumerate(mixes):
+            if len(mix) > load.distinct:
+                continue  # not all of it would be in the batch
             distinct = [mix[i % len(mix)] for i in range(load.distinct)]
             facts = _facts(mix)
             if "flora" in systems:
-                made = {f"{number}-{i}": spec.adapter(base, i) for i, spec in enumerate(distinct)}
+                made = {
+                    f"{number}-{i}": spec.adapter(base, i)
+                    for i, spec in enumerate(distinct)
+                    if spec.kind != BASE
+                }
                 adapters |= made
-                rows = _rows(list(made), load)
+                numbered = [f"{number}-{i}" for i in range(load.distinct)]
+                rows = _rows([name if name in made else None for name in numbered], load)
                 limit = _limit(made, rows, load, base)
                 runs[run := f"flora {number}"] = _generates(model, load, rows)
                 for tokens in limit[0]:
@@ -103,12 +111,12 @@ def measure(
     return records
 
 
-def _rows(names: Sequence[str], load: Load) -> list[str]:
+def _rows(names: Sequence[str | None], load: Load) -> list[str | None]:
     return [names[row % len(names)] for row in range(load.rows)]
 
 
 def _limit(
-    adapters: dict[str, Adapter], rows: Sequence[str], load: Load, base: ModelBase
+    adapters: dict[str, Adapter], rows: Sequence[str | None], load: Load, base: ModelBase
 ) -> tuple[Counter[int], int]:
     """What the base does not do: products of W0 by their tokens, less its own, and bytes to read.
 
@@ -117,7 +125,8 @@ def _limit(
     """
     layers = [adapter.layers for adapter in adapters.values()]
     factors = sum(t.nbytes for own in layers for f in own.values() for _, t in f.parts())
-    pairs = max(sum(max(1, adapters[n].layers[m].pairs) for n in rows) for m in layers[0])
+    copies = [adapters[name].layers if name in adapters else {} for name in rows]
+    pairs = max(sum(max(1, own[m].pairs) if m in own else 1 for own in copies) for m in layers[0])
     if load.prompt_tokens * (pairs - load.rows) <= MODULATION_TOKENS * load.distinct:
         products: Counter[int] = Counter()
         for tokens, times in ((load.prompt_tokens, 1), (1, load.new_tokens - 1)):
@@ -175,7 +184,9 @@ def _in_peft(
     return model.eval()
 
 
-def _generates(model: Any, load: Load, names: Sequence[str] | None = None) -> Callable[[], None]:
+def _generates(
+    model: Any, load: Load, names: Sequence[str | None] | None = None
+) -> Callable[[], None]:
     """A function that generates."""
     generator = torch.Generator().manual_seed(0)
     size = load.rows, load.prompt_tokens

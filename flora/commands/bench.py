@@ -33,13 +33,6 @@ Rows = Annotated[str, typer.Option(help="Rows of a batch, by comma.")]
 Distinct = Annotated[
     str, typer.Option(help='Different adapters in a batch, by comma; "all" for one a row.')
 ]
-Kinds = Annotated[
-    str,
-    typer.Option(
-        help="Kinds of adapters, by comma: KIND, KIND/flag, KIND:rank, several in one batch "
-        'joined by +; "mixed" for one of each.'
-    ),
-]
 Ranks = Annotated[str, typer.Option(help="Ranks of the kinds that name none, by comma.")]
 Systems = Annotated[str, typer.Option(help="What is measured beside the base, by comma.")]
 Backend = Annotated[
@@ -111,7 +104,13 @@ def generate(
     model: Model = None,
     rows: Rows = "32",
     distinct: Distinct = "all",
-    kinds: Kinds = "FLORA,mixed",
+    kinds: Annotated[
+        str,
+        typer.Option(
+            help="Kinds of adapters, by comma: KIND, KIND/flag, KIND:rank, several in one batch "
+            'joined by +, BASE among them for rows without; "mixed" for one of each.'
+        ),
+    ] = "FLORA,mixed",
     ranks: Ranks = "1",
     systems: Systems = "flora",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 16,
@@ -155,7 +154,9 @@ def train(
     model: Model = None,
     adapters: Annotated[int, typer.Option(min=1, help="Trained in one batch, a row each.")] = 8,
     tokens: Annotated[str, typer.Option(help="Tokens of a row, by comma.")] = "32,128",
-    kinds: Kinds = "FLORA,LORA",
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of adapters, by comma: KIND, KIND/flag or KIND:rank.")
+    ] = "FLORA,LORA",
     ranks: Ranks = "1,4,16,64",
     systems: Systems = "flora,peft,peft-one",
     memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,

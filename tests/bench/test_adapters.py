@@ -37,6 +37,7 @@ def test_the_mixture_has_eight_kinds():
     [
         ("", "is no KIND"),
         ("LORA:0", "is no KIND"),
+        ("BASE+base", "name an adapter"),
         ("LORA:", "is no KIND"),
         ("LORA++IA3", "is no KIND"),
         ("IA3:4", "IA3 has no rank"),

@@ -109,6 +109,14 @@ def test_an_unknown_system_is_refused():
         measure(zoo.build("Llama"), [], load, systems=["s-lora"], repeats=1)
 
 
+def test_base_rows_beside_others_and_mixes_that_fit():
+    load = Load(rows=4, distinct=2, prompt_tokens=2, new_tokens=2)
+    mixes = [parse_specs(text, 1) for text in ("BASE+LORA", "FLORA+IA3+LORA")]
+    records = measure(zoo.build("Llama"), mixes, load, repeats=1)
+    assert [r.get("mix") for r in records] == [None, "BASE+LORA:1"]
+    assert records[1]["ratio_to_limit"] > 0
+
+
 def test_a_long_prompt_is_held_against_the_modulated_weights():
     base = ModelBase(zoo.build("Llama"))
     made = {str(seed): parse_specs("FLORA:4", 1)[0].adapter(base, seed) for seed in range(2)}
@@ -124,7 +132,7 @@ def test_a_long_prompt_is_held_against_the_modulated_weights():
 
 def test_the_command(tmp_path, capsys):
     model = save_tiny_model(tmp_path / "model")
-    arguments = ["--model", str(model), "--rows", "4", "--kinds", "FLORA,mixed"]
+    arguments = ["--model", str(model), "--rows", "4", "--kinds", "FLORA,IA3+LORA"]
     settings = ["--ranks", "1,2", "--new-tokens", "2", "--repeats", "1"]
     with pytest.raises(SystemExit) as stopped:
         main(["bench", "generate", *arguments, "--distinct", "two"])
@@ -147,6 +155,7 @@ def test_the_command(tmp_path, capsys):
             ("base", None, None),
             ("flora", "FLORA", 1),
             ("flora", "FLORA", 2),
+            ("flora", "mixed", None),
             ("flora", "mixed", None),
         ]
     ]
