@@ -107,7 +107,7 @@ def measure(
                 parts.append([times * s for s in seconds[_products_run(tokens)]])
             limits = [sum(of_turn) for of_turn in zip(*parts, strict=True)]
             record["ratio_to_limit"] = speed_ratio(found, limits)
-        record |= asdict(load) | record
+        record |= asdict(load) | {"dtype": str(model.dtype).removeprefix("torch.")} | record
     return records
 
 

@@ -49,7 +49,8 @@ def measure(
     Raises UsageError for another system.
     """
     rows = load.adapters
-    facts = {"rows": rows, "distinct": rows, "tokens": load.tokens}
+    dtype = str(model.dtype).removeprefix("torch.")
+    facts = {"rows": rows, "distinct": rows, "tokens": load.tokens, "dtype": dtype}
     with keep_flags(model), ExitStack() as stack:
         runs = {"base": _base_step(model, load)}
         records: list[dict[str, Any]] = [{"system": "base", "kind": None, "rank": None}]
@@ -65,11 +66,16 @@ def measure(
     return records
 
 
-def peak_bytes(model: str, spec: Spec, system: str, load: Load) -> dict[str, int]:
-    """The most memory that a training of its own process holds, and how much of it steps added."""
+def peak_bytes(
+    model: str, spec: Spec, system: str, load: Load, *, dtype: str = "auto"
+) -> dict[str, int]:
+    """The most memory that a training of its own process holds, and how much of it steps added.
+
+    model, dtype: as `flora.hosts.loading.load_model` takes them.
+    """
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_peak_bytes, (model, asdict(spec), system, asdict(load)))
+        return pool.apply(_peak_bytes, (model, dtype, asdict(spec), system, asdict(load)))
 
 
 def trainable(specs: Sequence[Spec], systems: Sequence[str]) -> Iterator[tuple[Spec, str]]:
@@ -150,9 +156,9 @@ def _peft_step(model: Any, spec: Spec, load: Load, *, one: bool) -> Callable[[],
 
 
 def _peak_bytes(
-    name: str, spec: dict[str, Any], system: str, load: dict[str, Any]
+    name: str, dtype: str, spec: dict[str, Any], system: str, load: dict[str, Any]
 ) -> dict[str, int]:
-    model, _ = load_model(name)
+    model, _ = load_model(name, dtype)
     with ExitStack() as stack:
         run = _step(model, Spec(**spec), system, Load(**load), stack)
         before = memory_peak(model.device, reset=True)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -38,6 +38,7 @@ Systems = Annotated[str, typer.Option(help="What is measured beside the base, by
 Backend = Annotated[
     str, typer.Option(help="flora's backend: auto, eager, cpu, triton or reference.")
 ]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Repeats = Annotated[int, typer.Option(min=1, help="Counted turns of each.")]
 
 
@@ -55,7 +56,7 @@ def op(
     distinct: Distinct = "1,all",
     ranks: Annotated[str, typer.Option(help="Ranks, by comma.")] = "1,2,4,8,16,64",
     systems: Systems = "flora,flora-activation,flora-weight,bmm,peft",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     backend: Backend = "auto",
     repeats: Repeats = 5,
     explain: Annotated[bool, typer.Option(help="Say what the plan picks, and why.")] = False,
@@ -69,8 +70,6 @@ def op(
     from flora.commands.progress import progress
     from flora.ops.costs import forget_costs
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"--dtype {dtype!r}: float32, bfloat16 or float16")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
@@ -115,6 +114,7 @@ def generate(
     systems: Systems = "flora",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 16,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: Dtype = "auto",
     repeats: Repeats = 5,
     as_json: Json = None,
 ) -> None:
@@ -135,7 +135,7 @@ def generate(
         study.Load(rows=r, distinct=d, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         for r, d in _batches(rows, distinct)
     ]
-    loaded = _load(model)
+    loaded = _load(model, dtype)
     records: list[dict[str, Any]] = []
     with progress("measuring", len(loads)) as advance:
         for load in loads:
@@ -159,6 +159,7 @@ def train(
     ] = "FLORA,LORA",
     ranks: Ranks = "1,4,16,64",
     systems: Systems = "flora,peft,peft-one",
+    dtype: Dtype = "auto",
     memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
     repeats: Repeats = 5,
     as_json: Json = None,
@@ -182,14 +183,14 @@ def train(
     )
     loads = [study.Load(adapters=adapters, tokens=n) for n in _numbers("--tokens", tokens)]
     trained = list(study.trainable(specs, systems.split(",")))
-    loaded = _load(model)
+    loaded = _load(model, dtype)
     records: list[dict[str, Any]] = []
     with progress("measuring", len(loads) * (1 + memory * len(trained))) as advance:
         for load in loads:
             found = study.measure(loaded, specs, load, systems=systems.split(","), repeats=repeats)
             advance(f"{load.tokens} tokens")
             for (spec, system), record in zip(trained if memory else (), found[1:], strict=False):
-                record |= study.peak_bytes(_source(model), spec, system, load)
+                record |= study.peak_bytes(_source(model), spec, system, load, dtype=dtype)
                 advance(f"{load.tokens} tokens, memory of {system}")
             records += found
     _keep(records, "train", model, as_json)
@@ -205,10 +206,10 @@ def _source(model: str | None) -> str:
     return str(demo_model()) if model is None else model
 
 
-def _load(model: str | None) -> Any:
+def _load(model: str | None, dtype: str = "auto") -> Any:
     from flora.hosts.loading import load_model
 
-    return load_model(_source(model))[0]
+    return load_model(_source(model), dtype)[0]
 
 
 def _shapes(model: str | None, text: str) -> list[tuple[int, int]]:

@@ -133,7 +133,7 @@ def test_a_long_prompt_is_held_against_the_modulated_weights():
 def test_the_command(tmp_path, capsys):
     model = save_tiny_model(tmp_path / "model")
     arguments = ["--model", str(model), "--rows", "4", "--kinds", "FLORA,IA3+LORA"]
-    settings = ["--ranks", "1,2", "--new-tokens", "2", "--repeats", "1"]
+    settings = ["--ranks", "1,2", "--new-tokens", "2", "--repeats", "1", "--dtype", "float16"]
     with pytest.raises(SystemExit) as stopped:
         main(["bench", "generate", *arguments, "--distinct", "two"])
     assert stopped.value.code == 2
@@ -145,7 +145,7 @@ def test_the_command(tmp_path, capsys):
         )
     assert stopped.value.code == 0
     records = json.loads(file.read_text())
-    assert {r["study"] for r in records} == {"generate"}
+    assert {(r["study"], r["dtype"]) for r in records} == {("generate", "float16")}
     assert {"machine", "versions", "command", "model"} <= set(records[0])
     kinds = [(r["system"], r["kind"], r["rank"], r["distinct"]) for r in records]
     assert kinds == [

@@ -81,12 +81,12 @@ def test_a_process_of_its_own_tells_its_memory(tmp_path):
 def test_the_command(tmp_path):
     model, file = save_tiny_model(tmp_path / "model"), tmp_path / "train.json"
     settings = ["--adapters", "2", "--tokens", "4,8", "--ranks", "1,2", "--kinds", "FLORA"]
-    settings += ["--repeats", "1", "--no-memory", "--json", str(file)]
+    settings += ["--repeats", "1", "--dtype", "bfloat16", "--no-memory", "--json", str(file)]
     with pytest.raises(SystemExit) as stopped:
         main(["bench", "train", "--model", str(model), *settings])
     assert stopped.value.code == 0
     records = json.loads(file.read_text())
-    assert {r["study"] for r in records} == {"train"}
+    assert {(r["study"], r["dtype"]) for r in records} == {("train", "bfloat16")}
     assert [(r["system"], r["rank"], r["tokens"]) for r in records] == [
         (system, rank, tokens)
         for tokens in (4, 8)
