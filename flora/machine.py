@@ -3,6 +3,7 @@
 import os
 import platform
 from pathlib import Path
+from typing import Literal
 
 
 def cache_folder() -> Path:
@@ -20,3 +21,11 @@ def processor() -> str:
     lines = path.read_text().splitlines() if path.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
+
+
+def fast_dtype() -> Literal["bfloat16", "float32"]:
+    """The smaller type in which this processor multiplies matrices by instructions of its own."""
+    import torch
+
+    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if fast else "float32"

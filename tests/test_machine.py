@@ -1,10 +1,12 @@
 """Where things are kept, and what the processor is called."""
 
+import platform
 from pathlib import Path
 
 import pytest
+import torch
 
-from flora.machine import cache_folder, processor
+from flora.machine import cache_folder, fast_dtype, processor
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +24,9 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 
 def test_the_processor_has_a_name():
     assert processor()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="what other processors have is not told")
+def test_16_bits_are_fast_where_there_are_instructions():
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert fast_dtype() == ("bfloat16" if wide else "float32")

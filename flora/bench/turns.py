@@ -8,6 +8,9 @@ from flora.errors import UsageError
 
 MOST_TURNS = 200
 
+WARM_SECONDS = 2e-3
+"""In so long a layer's weights are in the caches again, if they fit."""
+
 
 def measure_in_turns(
     systems: Mapping[str, Callable[[], object]],
@@ -22,8 +25,8 @@ def measure_in_turns(
     systems:       for each what is measured; it returns when the work is done.
     repeats:       counted turns, at least.
     least_seconds: turns go on until all of them took so long, as short ones are noisy.
-    warm:          whether each turn runs twice and only the second counts, as what another system
-                   left in the caches decides short times.
+    warm:          whether each turn runs first without being counted, until the caches no longer
+                   hold what another system left there, which decides short times.
     after_turn:    told the system's name after each turn, the first as well.
     """
     seconds: dict[str, list[float]] = {name: [] for name in systems}
@@ -34,13 +37,21 @@ def measure_in_turns(
     ):
         for name, run in systems.items():
             if warm:
-                run()
+                _warm_up(run)
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
             after_turn(name)
         turns += 1
     return {name: values[1:] for name, values in seconds.items()}
+
+
+def _warm_up(run: Callable[[], object]) -> None:
+    start = time.perf_counter()
+    while True:
+        run()
+        if time.perf_counter() >= start + WARM_SECONDS:
+            return
 
 
 def check_systems(systems: Sequence[str], known: Sequence[str]) -> None:

@@ -44,6 +44,7 @@ def command(
     from flora.bench.environment import environment
     from flora.evals.languages import LanguageDetector, split
     from flora.hosts.loading import load_model
+    from flora.machine import fast_dtype
 
     console = Console()
     if as_json:
@@ -53,9 +54,12 @@ def command(
     texts = split(folder, LANGUAGES)
     detector = LanguageDetector().fit(split(folder).held_out)
     source = model or MODEL
-    base, tokenizer = load_model(model or str(demo_model()))
+    dtype = fast_dtype()
+    base, tokenizer = load_model(model or str(demo_model()), dtype)
 
-    console.print(f"[bold]2. Eight FLoRA adapters of rank 1, trained in one batch[/bold]: {source}")
+    console.print(
+        f"[bold]2. Eight FLoRA adapters of rank 1, trained in one batch[/bold]: {source}, {dtype}"
+    )
     adapters = _train(base, tokenizer, texts.train, console)
 
     console.print(
@@ -70,7 +74,7 @@ def command(
     _print_speeds(speeds, console)
 
     if as_json:
-        common = {"study": "demo", "model": source, **environment()}
+        common = {"study": "demo", "model": source, "dtype": dtype, **environment()}
         records: list[dict[str, Any]] = [
             {
                 **common,
