@@ -207,19 +207,41 @@ def test_the_page_of_the_structure_has_each_module():
     assert [path.name for path in modules if path.name not in text] == []
 
 
-@pytest.mark.parametrize(
-    ("page", "results"),
-    [
-        ("README.md", "demo.json"),
-        ("docs/bench.md", "generate.json"),
-        ("docs/bench.md", "train.json"),
-    ],
-)
-def test_a_page_quotes_what_was_measured(page, results):
-    records = json.loads((ROOT / "docs/results" / results).read_text())
-    rows = [line.split("|")[2:4] for line in (ROOT / page).read_text().splitlines()]
-    quoted = [[cell.strip() for cell in row] for row in rows]
-    for record in records:
-        if "tokens_per_second" in record:
-            figures = f"{record['tokens_per_second']:.0f}", f"{record['ratio_to_base']:.2f}"
-            assert list(figures) in quoted, record["system"]
+RESULTS = re.compile(r"\((?:docs/)?results/([\w-]+\.json)\)")
+FIGURE = re.compile(r"[\d,]*\d(\.\d+)?")
+
+
+def quoted_rows(page: str) -> Iterator[tuple[list[str], list[str]]]:
+    """The figures of each row of a page's tables, and the results that its section names."""
+    results: list[str] = []
+    for line in page.splitlines():
+        if line.startswith("#"):
+            results = []
+        results += RESULTS.findall(line)
+        figures = [cell for cell in map(str.strip, line.split("|")) if FIGURE.fullmatch(cell)]
+        if line.startswith("|") and results and figures:
+            yield figures, results
+
+
+def renderings(record: dict[str, Any]) -> set[str]:
+    """A record's numbers as a page may write them, in their unit, in thousandths or millions."""
+    numbers = [value for value in record.values() if isinstance(value, int | float)]
+    scales = (1, 1e3, 1e6, 1e-6)
+    return {f"{n * scale:,.{digits}f}" for n in numbers for scale in scales for digits in range(3)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_quotes_what_was_measured(page):
+    for figures, results in quoted_rows(page.read_text()):
+        records = [
+            record
+            for name in dict.fromkeys(results)
+            for record in json.loads((ROOT / "docs/results" / name).read_text())
+        ]
+        assert any(set(figures) <= renderings(record) for record in records), figures
+
+
+def test_a_row_that_was_not_measured_is_found():
+    page = "## Speed\n[these](results/a.json)\n| x | 1 | 2.50 |\n## More\n| y | 3 |\n"
+    assert list(quoted_rows(page)) == [(["1", "2.50"], ["a.json"])]
+    assert {"1", "2,500", "2.50"} <= renderings({"rows": 1, "seconds": 2.5, "kind": "LORA"})

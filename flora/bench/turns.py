@@ -8,8 +8,8 @@ from flora.errors import UsageError
 
 MOST_TURNS = 200
 
-WARM_SECONDS = 2e-3
-"""In so long a layer's weights are in the caches again, if they fit."""
+WARM_SECONDS = 1e-2
+"""In so long a layer's weights are in the caches again, if they fit: some runs, not one."""
 
 
 def measure_in_turns(
