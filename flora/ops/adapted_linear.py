@@ -16,6 +16,8 @@ FEW_COPIES = 32
 """So many more than rows are never worth a modulation of W0."""
 
 
+# A batch is read as it is, and kernels go by address.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def adapted_linear(
     x: Float[Tensor, "S N I"],
     base: BaseProduct,

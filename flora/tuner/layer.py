@@ -17,6 +17,7 @@ from flora.bank import join_factors
 from flora.base import ModelBase, plain_weight, sizes_of
 from flora.errors import ShapeError, UsageError
 from flora.ops.adapted_linear import adapted_linear
+from flora.ops.traced import hadamard_linear
 from flora.tuner.config import FloraConfig
 
 BASE = "__base__"
@@ -202,6 +203,9 @@ class FloraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return y if bias is None else y.to(torch.promote_types(y.dtype, torch.float32)) - bias
 
         weight = _plain_weight(self.base_layer)
+        if torch.compiler.is_compiling() and weight is not None and len(rows) == 1:
+            factors: Any = groups[0]  # FLoRA's: both sides, and nothing else
+            return hadamard_linear(x, weight, factors.hadamard_in, factors.hadamard_out, bias)
         y: Tensor = adapted_linear(
             x.reshape(len(rows), -1, self.in_features),
             black_box if weight is None else partial(linear, weight=weight),

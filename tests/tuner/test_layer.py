@@ -189,6 +189,47 @@ def test_autocast_gives_its_type_and_keeps_the_factors_in_fp32(base, rank, token
         assert_no_worse(ours.bfloat16(), theirs.bfloat16(), true.double(), "gradient")
 
 
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated")  # dynamo's
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # inductor's
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [5, 300])
+@pytest.mark.parametrize("active", [["two"], ["one", "two"]])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_code_is_one_graph(backend, tokens, active, autocast):
+    torch.compiler.reset()
+    adapted, linear = build(1, 3, base="linear")
+    adapted.set_adapter(active)
+    x = torch.randn(2, tokens, IN, requires_grad=True)
+    leaves = [x, *(p[name] for p in (adapted.flora_A, adapted.flora_B) for name in active)]
+    compiled = torch.compile(adapted, backend=backend, fullgraph=True)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    dy = torch.randn(2, tokens, OUT).to(dtype)
+    results = []
+    for layer in (compiled, adapted):
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            y = layer(x)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    y = dense(adapted, linear, x, active, torch.float64)
+    truth = [y, *(g.double() for g in torch.autograd.grad(y, leaves, dy.double()))]
+    for ours, eager, true in zip(*results, truth, strict=True):
+        assert_no_worse(ours, eager, true, dtype=dtype)
+    with torch.no_grad():
+        assert_no_worse(compiled(x), adapted(x), y)
+
+
+@pytest.mark.parametrize("base", ["linear", "black box"])
+def test_compiled_code_takes_mixed_batches_and_black_boxes(base):
+    torch.compiler.reset()
+    adapted, _ = build(1, 3, base=base)
+    compiled = torch.compile(adapted, backend="aot_eager")
+    x = torch.randn(3, 7, IN)
+    with torch.no_grad():
+        for names in (["two", BASE, "one"], ["one", "one", "two"], None):
+            torch.testing.assert_close(
+                compiled(x, adapter_names=names), adapted(x, adapter_names=names)
+            )
+
+
 @pytest.mark.parametrize("base", ["linear", "conv"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("names", [["one"], ["two", "three"]])
