@@ -293,8 +293,8 @@ class _Pool:
             self.free, self.left = self.left + self.free, []
         if count > len(self.free):
             self.resize(count)
-        pages = [self.free.pop() for _ in range(count)]
         neutral = tuple(bool((tensor == 1).all()) for tensor in tensors)
+        pages = [self.free.pop() for _ in range(count)]
         self.held[identity] = _Span(pages, neutral)
         for pool, tensor in zip(self.tensors, tensors, strict=True):
             pool[pages] = tensor.detach().to(pool.device, pool.dtype)

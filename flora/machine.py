@@ -24,8 +24,10 @@ def processor() -> str:
 
 
 def fast_dtype() -> Literal["bfloat16", "float32"]:
-    """The smaller type in which this processor multiplies matrices by instructions of its own."""
+    """The smallest type in which this processor multiplies matrices by instructions of its own."""
     import torch
 
-    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    if platform.machine() in ("aarch64", "arm64") and torch.backends.mkldnn.is_available():
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bfloat16" if fast else "float32"

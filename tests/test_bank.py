@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -14,6 +15,7 @@ from flora.base import ModelBase
 from flora.bench.adapters import parse_specs
 from flora.commands.bench import MIXED
 from flora.errors import InvalidAdapterError, OutOfBudgetError, UnknownAdapterError
+from flora.ops.adapted_linear import prepare
 from tests import zoo
 from tests.helpers import random_factors
 
@@ -279,6 +281,38 @@ def test_pages_are_used_again_when_no_batch_has_them():
     bank.load(adapter("5", pairs=2))
     assert bank._pools["up"]["hadamard"].tensors is not tensors
     assert lent.hadamard.pools is tensors
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_prepared_layer_keeps_what_it_was_lent(backend, grad):
+    bank = AdapterBank(specs())
+    bank.load(adapter("1"))
+    bank.load(adapter("2"))
+    weight, x = torch.randn(7, 5), torch.randn(1, 3, 5, requires_grad=grad)
+
+    def again(linear):
+        y = linear(x)
+        return [y, *(torch.autograd.grad(y.sum(), x, retain_graph=True) if grad else ())]
+
+    linear = prepare(
+        x,
+        lambda x: F.linear(x, weight),
+        bank.factors("up", ["1"]),
+        [0],
+        weight=weight,
+        backend=backend,
+    )
+    before, pending = again(linear), linear(x)
+    bank.unload("1")
+    bank.load(adapter("3"))
+    for ours, theirs in zip(again(linear), before, strict=True):
+        assert torch.equal(ours, theirs)
+    del linear
+    bank.unload("2")
+    bank.load(adapter("4"))
+    if grad:
+        assert torch.equal(torch.autograd.grad(pending.sum(), x)[0], before[1])
 
 
 def test_a_slot_that_is_used_again_holds_nothing_of_its_last_tenant():

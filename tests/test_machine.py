@@ -26,7 +26,15 @@ def test_the_processor_has_a_name():
     assert processor()
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="what other processors have is not told")
-def test_16_bits_are_fast_where_there_are_instructions():
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    assert fast_dtype() == ("bfloat16" if wide else "float32")
+@pytest.mark.parametrize(("has", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_16_bits_are_fast_where_there_are_instructions(monkeypatch, has, expected):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    assert fast_dtype() == expected
+
+
+def test_16_bits_are_fast_where_the_processor_says_so():
+    flags = Path("/proc/cpuinfo").read_text().split() if platform.machine() == "x86_64" else []
+    if not flags:
+        pytest.skip("what other processors have is not told")
+    assert fast_dtype() == ("bfloat16" if "avx512_bf16" in flags else "float32")

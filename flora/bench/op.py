@@ -14,6 +14,7 @@ from flora.adapters.core import LayerFactors
 from flora.bank import join_factors
 from flora.bench.limit import bandwidth, synchronize
 from flora.bench.turns import check_systems, measure_in_turns, speed_ratio
+from flora.ops import backend_name
 from flora.ops.adapted_linear import prepare
 from flora.ops.costs import layer_costs
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE, Costs, make_plan
@@ -97,7 +98,7 @@ def measure(
         "layer": load.layer,
         "tokens": 1,
         "dtype": str(dtype).removeprefix("torch."),
-        "backend": backend,
+        "backend": backend_name(backend, device),
     }
     records = [facts | {"system": "base", "kind": None, "rank": None, "seconds": median(own)}]
     for system, kind in found:

@@ -1,9 +1,10 @@
 """Pictures of saved results: speed over what was varied, with the limit drawn in."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import StatisticsError, median
 from typing import Any
 
 import matplotlib as mpl
@@ -17,6 +18,9 @@ Record = Mapping[str, Any]
 
 PANEL_INCHES = (4.6, 3.4)
 COLUMNS = 3
+
+ONE_PICTURE = ("machine", "model", "dtype", "backend")
+"""Columns in which a study's records must be the same: medians are taken over the others."""
 
 STYLE: Any = {  # the names of its keys are matplotlib's to check
     "axes.grid": True,
@@ -39,7 +43,7 @@ class Chart:
     x:      the column along the axis. A record that has none there is drawn all along it.
     panels: the columns that set panels apart.
     lines:  the columns that set lines apart.
-    most:   a column of which a panel shows the largest value only.
+    most:   a column of which a panel shows each system's largest value only.
     y:      the figure; where records differ in other columns (layers), their median is shown.
     title:  what y is.
     """
@@ -84,14 +88,18 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
 
     records: of one or several of `flora bench`'s studies, as they were written.
 
-    Raises UsageError where they are something else, or nothing in them was varied.
+    Raises UsageError where they are something else, were taken on different machines, or nothing
+    in them was varied.
     """
     with mpl.rc_context(STYLE):
         try:
+            _check_alike(records)
             figures = {name: _draw(chart, records) for name, chart in CHARTS.items()}
             figures["op-crossover"] = _draw_crossovers(crossovers(records))
         except KeyError as error:
             raise UsageError(f"a record has no {error}: give results of flora bench") from error
+        except (TypeError, StatisticsError) as error:
+            raise UsageError(f"these are no whole results of flora bench: {error}") from error
         drawn = {name: figure for name, figure in figures.items() if figure}
         if not drawn:
             raise UsageError("nothing to show: give results of flora bench that vary something")
@@ -99,6 +107,20 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
         for name, figure in drawn.items():
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     return [folder / f"{name}.svg" for name in drawn]
+
+
+def _check_alike(records: Iterable[Record]) -> None:
+    found: dict[tuple[str, str], set[str]] = {}
+    for record in records:
+        for column in ONE_PICTURE:
+            value = json.dumps(record.get(column), sort_keys=True)
+            found.setdefault((record["study"], column), set()).add(value)
+    for (study, column), values in found.items():
+        if len(values) > 1:
+            raise UsageError(
+                f"results of {study} with different {column}s cannot share a picture: "
+                f"{', '.join(sorted(values))}"
+            )
 
 
 def crossovers(records: Iterable[Record]) -> list[dict[str, Any]]:
@@ -157,8 +179,11 @@ def _draw(chart: Chart, records: Sequence[Record]) -> Figure | None:
     figure, axes = _panels(len(panels))
     for of_panel, (values, own) in zip(axes, sorted(panels.items()), strict=False):
         if chart.most:
-            most = max(record[chart.most] for record in own)
-            own = [record for record in own if record[chart.most] == most]
+            most: dict[str, int] = {}
+            for record in own:
+                system = record["system"]
+                most[system] = max(record[chart.most], most.get(system, 0))
+            own = [record for record in own if record[chart.most] == most[record["system"]]]
         lines: dict[str, list[Record]] = {}
         for record in own:
             lines.setdefault(_line_name(chart, record), []).append(record)

@@ -125,6 +125,7 @@ def generate(
     from flora.bench import generate as study
     from flora.bench.adapters import parse_specs
     from flora.commands.progress import progress
+    from flora.errors import UsageError
 
     mixes = dict.fromkeys(
         tuple(parse_specs(MIXED if text == "mixed" else text, rank))
@@ -135,6 +136,10 @@ def generate(
         study.Load(rows=r, distinct=d, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         for r, d in _batches(rows, distinct)
     ]
+    if (needed := max(map(len, mixes))) > max(load.distinct for load in loads):
+        raise UsageError(
+            f"--kinds {kinds!r}: no batch has the {needed} different adapters of its largest mix"
+        )
     loaded = _load(model, dtype)
     records: list[dict[str, Any]] = []
     with progress("measuring", len(loads)) as advance:
@@ -230,13 +235,21 @@ def _shapes(model: str | None, text: str) -> list[tuple[int, int]]:
 
 
 def _batches(rows: str, distinct: str) -> list[tuple[int, int]]:
-    """Each number of rows with the numbers of different adapters that it has room for."""
-    return [
+    """Each number of rows with the numbers of different adapters that it has room for.
+
+    Raises UsageError where there is room for none.
+    """
+    from flora.errors import UsageError
+
+    found = [
         (r, d)
         for r in _numbers("--rows", rows)
         for d in dict.fromkeys(_numbers("--distinct", distinct.replace("all", str(r))))
         if d <= r
     ]
+    if not found:
+        raise UsageError(f"--distinct {distinct!r}: there are not so many rows")
+    return found
 
 
 def _keep(

@@ -29,6 +29,26 @@ class PreparedLayer(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class BatchAdapters:
+    """The distinct adapters of a batch, one for each group, and what layers have of them.
+
+    names:  None for the base.
+    lookup: (module, names) -> that layer's factors; asked once for each layer.
+    """
+
+    names: tuple[str | None, ...]
+    lookup: Callable[[str, tuple[str | None, ...]], BatchFactors | None]
+    _factors: dict[tuple[str, bool], BatchFactors | None] = field(default_factory=dict)
+
+    def factors(self, module: str) -> BatchFactors | None:
+        # Reentrant checkpointing runs a layer without gradients first, and then again with them.
+        key = module, torch.is_grad_enabled()
+        if key not in self._factors:
+            self._factors[key] = self.lookup(module, self.names)
+        return self._factors[key]
+
+
+@dataclass(frozen=True, eq=False)
 class Call:
     """One forward of a batch: the group of each unit, a unit being a row or one of its columns.
 
@@ -37,7 +57,7 @@ class Call:
     prepared: layers by their handle, kept for the next forward of the same shape.
     """
 
-    batch: "Batch"
+    adapters: BatchAdapters  # not the batch: what it was lent goes back as soon as it is forgotten
     rows: int
     columns: int
     units: tuple[int, ...]
@@ -52,40 +72,29 @@ class Call:
 class Batch:
     """The adapters of a batch's rows, for as many forwards as they stay the same.
 
-    names:  the distinct adapters, one for each group; None for the base.
     spans:  for each row its (group, tokens) spans, the last one open-ended.
-    lookup: (module, names) -> that layer's factors; asked once for each layer.
     starts: the first column of each row that is not padding.
     """
 
-    names: tuple[str | None, ...]
+    adapters: BatchAdapters
     spans: tuple[tuple[tuple[int, int], ...], ...]
-    lookup: Callable[[str, tuple[str | None, ...]], BatchFactors | None]
     starts: tuple[int, ...]
-    _factors: dict[tuple[str, bool], BatchFactors | None] = field(default_factory=dict)
     _calls: dict[tuple[int, int], Call] = field(default_factory=dict)
 
     @cached_property
     def only_base(self) -> bool:
-        return self.names == (None,)
+        return self.adapters.names == (None,)
 
     @cached_property
     def by_column(self) -> bool:
         """Whether a row changes over from one adapter to another."""
         return any(len(row) > 1 for row in self.spans)
 
-    def factors(self, module: str) -> BatchFactors | None:
-        # Reentrant checkpointing runs a layer without gradients first, and then again with them.
-        key = module, torch.is_grad_enabled()
-        if key not in self._factors:
-            self._factors[key] = self.lookup(module, self.names)
-        return self._factors[key]
-
     def take(self, rows: Sequence[int]) -> "Batch":
         """The batch of these rows, in this order."""
         spans = tuple(self.spans[row] for row in rows)
         starts = tuple(self.starts[row] for row in rows)
-        return Batch(self.names, spans, self.lookup, starts, self._factors)
+        return Batch(self.adapters, spans, starts)
 
     def repeat(self, times: int) -> "Batch":
         """The batch with every row `times` times, as beams and returned sequences are laid."""
@@ -111,7 +120,7 @@ class Batch:
                     for row, start in self._positions()
                     for column in range(first, first + columns)
                 )
-            self._calls[key] = Call(self, rows, columns, units)
+            self._calls[key] = Call(self.adapters, rows, columns, units)
         return self._calls[key]
 
     def _positions(self) -> Iterator[tuple[tuple[tuple[int, int], ...], int]]:
@@ -172,7 +181,7 @@ def make_batch(
         for row, length in zip(spans, lengths, strict=True):
             if length is not None and len(row) > 1 and sum(n for _, n in row) > length:
                 raise ShapeError(f"a row's spans hold more tokens than its {length}")
-    return Batch(tuple(groups), tuple(spans), lookup, tuple(starts))
+    return Batch(BatchAdapters(tuple(groups), lookup), tuple(spans), tuple(starts))
 
 
 def _group_at(row: tuple[tuple[int, int], ...], position: int) -> int:

@@ -379,7 +379,7 @@ class AdaptedLayer:
 
     def _prepare(self, x: Tensor, call: Call) -> Callable[[Tensor], Tensor]:
         """The layer as a function of x, for every x of this shape and type in this call."""
-        factors = call.batch.factors(self.name)
+        factors = call.adapters.factors(self.name)
         if factors is None:
             return self.base.forward
         units, x_SNI = self._units(x, call)

@@ -51,27 +51,30 @@ class Backend(Protocol):
 
 
 @cache
+def backend_name(name: str, device: torch.device) -> str:
+    """The name itself, or what "auto" stands for on a device: chosen once, and said in the log."""
+    if name != "auto":
+        return name
+    chosen = "cpu" if device.type == "cpu" else "eager"
+    try:
+        get_backend(chosen, device)
+    except BackendError as error:
+        logger.warning("backend for %s: eager, which is slower; %s", device, error)
+        return "eager"
+    logger.info("backend for %s: %s", device, chosen)
+    return chosen
+
+
+@cache
 def get_backend(name: str, device: torch.device) -> Backend:
-    """The module of a backend; "auto" chooses for the device, once, and says so in the log.
+    """The module of a backend, for "auto" that of `backend_name`.
 
     Raises BackendError for a name that is not in `BACKENDS`, or for a backend that cannot run.
     """
-    if name == "auto":
-        return _choose(device)
+    name = backend_name(name, device)
     if name not in BACKENDS:
         raise BackendError(f"there is no backend {name!r}; these are: auto, {', '.join(BACKENDS)}")
     backend = import_module(BACKENDS[name])
     if device.type == "cpu" and getattr(backend, "NEEDS_GPU", False):
         raise BackendError(f"the backend {name!r} needs a GPU, but the tensors are on the CPU")
     return cast("Backend", backend)
-
-
-def _choose(device: torch.device) -> Backend:
-    name = "cpu" if device.type == "cpu" else "eager"
-    try:
-        backend = get_backend(name, device)
-    except BackendError as error:
-        logger.warning("backend for %s: eager, which is slower; %s", device, error)
-        return get_backend("eager", device)
-    logger.info("backend for %s: %s", device, name)
-    return backend

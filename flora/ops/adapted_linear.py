@@ -16,8 +16,6 @@ FEW_COPIES = 32
 """So many more than rows are never worth a modulation of W0."""
 
 
-# A batch is read as it is, and kernels go by address.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def adapted_linear(
     x: Float[Tensor, "S N I"],
     base: BaseProduct,
@@ -40,7 +38,8 @@ def adapted_linear(
 
     Products are taken in x's type, sums in at least fp32; the result has x's type. Differentiable
     in x and the factors, not in W0. Under autocast x and W0 are cast as `F.linear` casts them, and
-    all else is as for that type. Raises ShapeError where sizes do not fit, BackendError.
+    all else is as for that type. Kernels go by address, so compiled code calls this through
+    `torch.compiler.disable`. Raises ShapeError where sizes do not fit, BackendError.
     """
     linear = prepare(x, base, factors, rows, bias=bias, weight=weight, backend=backend)
     return linear(x)

@@ -124,7 +124,7 @@ class ModulatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy_SNO @ modulate(weight_OI, in_HI, out_HO)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            g_OI = dy_SNO.flatten(0, 1).T @ x_SNI.flatten(0, 1)
+            g_OI = dy_SNO.flatten(0, -2).T @ x_SNI.flatten(0, -2)
             g_OI = g_OI.to(in_HI.dtype) * weight_OI
             din, dout = out_HO @ g_OI, in_HI @ g_OI.T
         return dx, None, din, dout

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora.machine import cache_folder, processor
-from flora.ops import Operands, get_backend
+from flora.ops import Operands, backend_name, get_backend
 from flora.ops.factors import BatchFactors, Pages
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE, Costs, make_plan
 
@@ -56,7 +56,8 @@ def layer_costs(weight_OI: Tensor, backend: str, *, grad: bool) -> Costs:
     Where they are not known yet they are measured: in less than a second, or two for a large layer.
     """
     O, I = weight_OI.shape  # noqa: E741
-    layer = _Layer(O, I, weight_OI.dtype, weight_OI.device, backend, grad)
+    device = weight_OI.device
+    layer = _Layer(O, I, weight_OI.dtype, device, backend_name(backend, device), grad)
     if layer in _known:
         return _known[layer]
     if layer.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -89,9 +90,18 @@ def _path(layer: _Layer) -> Path:
         torch.backends.cpu.get_cpu_capability(),
         torch.get_num_threads(),
         torch.__version__,
+        _code(),
     )
     key = json.dumps([*map(str, (*layer, *machine))])
     return _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+@cache
+def _code() -> str:
+    """A hash of what is measured, and of how: what another version kept says nothing of this."""
+    folder = Path(__file__).parent
+    sources = sorted([*folder.glob("*.py"), *folder.glob("*.cpp")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def _read(path: Path) -> Costs | None:
@@ -100,7 +110,7 @@ def _read(path: Path) -> Costs | None:
     try:
         return TypeAdapter(Costs).validate_json(path.read_bytes())
     except (OSError, ValidationError):
-        return None  # not measured yet, or not by this version
+        return None  # not measured yet
 
 
 def _write(path: Path, costs: Costs) -> None:

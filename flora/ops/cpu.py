@@ -53,7 +53,7 @@ class PreparedLinear:
         T = len(table.copies)
         self.copies_shape, self.product_shape, self.y_shape = (T, N, I), (T, N, O), (S, N, O)
         self.kept: tuple[Tensor, int] | None = None
-        if self.expands and T * N * I <= KEPT_COPIES:
+        if self.expands and weight_OI is not None and T * N * I <= KEPT_COPIES:
             kept = torch.empty(self.copies_shape, dtype=job.dtype)
             self.kept = kept, kept.data_ptr()
         self.weight = (

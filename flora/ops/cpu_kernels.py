@@ -52,7 +52,8 @@ class Job:
         self.dtype = dtype
         self.x_shape = S, N, I = x_SNI.shape  # noqa: E741
         self.out_features = O = factors.out_features or 0  # noqa: E741
-        self._kept: list[Tensor] = []
+        # The factors too: their pages are lent for as long as these are not forgotten.
+        self._kept: list[object] = [factors]
         pages = {
             name: _Pages(*self._lay(family, which, kind))
             for name, family, which, kind in (

@@ -19,7 +19,7 @@ def hadamard_linear(
     The side goes by the tokens alone: all pairs of few in one product, or else W0 modulated.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight_OI = x.to(dtype), weight_OI.to(dtype)
     with torch.autocast(device, enabled=False):

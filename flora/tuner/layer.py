@@ -20,6 +20,8 @@ from flora.ops.adapted_linear import adapted_linear
 from flora.ops.traced import hadamard_linear
 from flora.tuner.config import FloraConfig
 
+outside_of_graphs = torch.compiler.disable(adapted_linear)
+
 BASE = "__base__"
 """PEFT's name, in `adapter_names`, for a row without an adapter."""
 
@@ -206,7 +208,7 @@ class FloraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if torch.compiler.is_compiling() and weight is not None and len(rows) == 1:
             factors: Any = groups[0]  # FLoRA's: both sides, and nothing else
             return hadamard_linear(x, weight, factors.hadamard_in, factors.hadamard_out, bias)
-        y: Tensor = adapted_linear(
+        y: Tensor = outside_of_graphs(
             x.reshape(len(rows), -1, self.in_features),
             black_box if weight is None else partial(linear, weight=weight),
             join_factors(groups, x.dtype),

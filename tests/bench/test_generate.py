@@ -134,10 +134,15 @@ def test_the_command(tmp_path, capsys):
     model = save_tiny_model(tmp_path / "model")
     arguments = ["--model", str(model), "--rows", "4", "--kinds", "FLORA,IA3+LORA"]
     settings = ["--ranks", "1,2", "--new-tokens", "2", "--repeats", "1", "--dtype", "float16"]
-    with pytest.raises(SystemExit) as stopped:
-        main(["bench", "generate", *arguments, "--distinct", "two"])
-    assert stopped.value.code == 2
-    assert "--distinct 'two'" in capsys.readouterr().err
+    for wrong, said in (
+        (["--distinct", "two"], "--distinct 'two'"),
+        (["--distinct", "5"], "not so many rows"),
+        (["--kinds", "mixed"], "8 different adapters"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["bench", "generate", *arguments, *wrong])
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
     file = tmp_path / "out" / "x.json"
     with pytest.raises(SystemExit) as stopped:
         main(

@@ -10,6 +10,7 @@ from flora.bench import op
 from flora.bench.op import SYSTEMS, Load, explain, measure
 from flora.cli import main
 from flora.errors import UsageError
+from flora.ops import BACKENDS, backend_name
 
 CPU = {"dtype": torch.float32, "device": torch.device("cpu")}
 
@@ -60,6 +61,13 @@ def test_one_kind_has_one_result_whatever_computes_it():
     assert all((found[0] - base).abs().max() > 0.01 for found in results.values())
 
 
+def test_the_help_names_each_backend(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "op", "--help"])
+    shown = capsys.readouterr().out
+    assert [name for name in BACKENDS if name not in shown] == []
+
+
 def test_the_records():
     records = measure(load(), repeats=2, **CPU)
     base, *others = records
@@ -70,6 +78,7 @@ def test_the_records():
         assert (record["rows"], record["distinct"], record["rank"]) == (6, 3, 2)
         assert record["layer"] == "12x8"
         assert record["dtype"] == "float32"
+        assert record["backend"] == backend_name("auto", CPU["device"])
         assert record["times_limit"] == pytest.approx(record["seconds"] / record["limit_seconds"])
 
 

@@ -90,3 +90,23 @@ def test_what_is_no_result_is_one_line(tmp_path, capsys, text):
         main(["plot", str(path)])
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_pictures_of_different_machines_are_refused(tmp_path):
+    records = op_records(1.0, 1.0, 0.5)
+    other = [record | {"machine": {"processor": "other"}} for record in records]
+    with pytest.raises(UsageError, match="op with different machines"):
+        plot([*records, *other], tmp_path / "plots")
+    assert not (tmp_path / "plots").exists()
+
+
+def test_one_adapter_for_all_rows_is_shown_beside_different_ones():
+    own = {"study": "generate", "prompt_tokens": 1, "new_tokens": 1, "rows": 4, "kind": "LORA"}
+    records = [
+        own | {"system": system, "distinct": distinct, "rank": rank, "ratio_to_base": ratio}
+        for system, distinct, ratio in (("flora", 4, 0.9), ("flora", 1, 0.95), ("peft-one", 1, 0.5))
+        for rank in (1, 2)
+    ]
+    (axes,) = plots._draw(CHARTS["generate-rank"], records).axes
+    lines = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+    assert lines == {"flora LORA": [0.9, 0.9], "peft-one LORA": [0.5, 0.5]}

@@ -21,12 +21,12 @@ def batch(adapters, mask=None, asked=None) -> Batch:
 def named(adapters, columns: int, first: int = 0, mask=None) -> list[str | None]:
     """The adapter of each unit of a forward."""
     made = batch(adapters, mask)
-    return [made.names[group] for group in made.call(len(adapters), columns, first).units]
+    return [made.adapters.names[group] for group in made.call(len(adapters), columns, first).units]
 
 
 def test_rows_of_one_adapter_are_one_group():
     made = batch(["a", None, "b", "a", "__base__"])
-    assert made.names == ("a", None, "b")
+    assert made.adapters.names == ("a", None, "b")
     assert made.call(5, 7, 0).units == (0, 1, 2, 0, 1)
     assert not made.only_base
     assert batch([None, "__base__"]).only_base
@@ -65,14 +65,14 @@ def test_behind_the_last_change_a_row_is_one_unit_and_its_call_is_kept():
 def test_repeated_rows_keep_their_spans_and_their_start():
     made = batch([[("a", 1), ("b", 1)], "c"], [[0, 1, 1], [1, 1, 1]]).repeat(2)
     expected = ["a", "a", "b"] * 2 + ["c"] * 6
-    assert [made.names[g] for g in made.call(4, 3, 0).units] == expected
+    assert [made.adapters.names[g] for g in made.call(4, 3, 0).units] == expected
 
 
 def test_rows_that_are_taken_keep_their_spans_and_their_start():
     made = batch(["c", [("a", 1), ("b", 1)], "b"], [[1, 1, 1], [0, 1, 1], [1, 1, 1]]).take(
         [2, 1, 2]
     )
-    assert [made.names[g] for g in made.call(3, 3, 0).units] == [*"bbb", *"aab", *"bbb"]
+    assert [made.adapters.names[g] for g in made.call(3, 3, 0).units] == [*"bbb", *"aab", *"bbb"]
 
 
 def test_a_layers_factors_are_asked_for_once():
@@ -80,10 +80,10 @@ def test_a_layers_factors_are_asked_for_once():
     made = batch(["a", "b"], asked=asked)
     repeated, taken = made.repeat(3), made.take([1])
     for _ in range(2):
-        made.factors("up")
-        repeated.factors("up")
-        taken.factors("up")
-        made.factors("down")
+        made.adapters.factors("up")
+        repeated.adapters.factors("up")
+        taken.adapters.factors("up")
+        made.adapters.factors("down")
     assert asked == [("up", ("a", "b")), ("down", ("a", "b"))]
 
 

@@ -5,6 +5,7 @@ is PEFT's own model of the adapter that PEFT saved.
 """
 
 import copy
+import gc
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -495,6 +496,21 @@ def test_a_compiled_model_generates(zoo):
     assert torch.equal(
         model.generate(tokens(), **settings), zoo.attached().generate(tokens(), **settings)
     )
+
+
+def test_a_batch_gives_its_pages_back_as_soon_as_it_is_over(zoo):
+    model = zoo.attached()
+    bank = model._flora_host.source.bank
+    gc.disable()  # which would find them late
+    try:
+        model.generate(tokens(), **GREEDY, adapter_names=NAMES)
+        model(tokens(), adapter_names=NAMES)
+        lent = [
+            pages for pools in bank._pools.values() for p in pools.values() for pages in p._lent
+        ]
+    finally:
+        gc.enable()
+    assert lent == []
 
 
 # --- attach and detach

@@ -37,6 +37,7 @@ MIXED = [
     {"pairs": 5, "rank": 1},
 ]
 """Groups of every make, ragged; the last one is named by no row."""
+ONE_PAIR = [{"pairs": 1}, None, {"pairs": 1, "bias": True}]
 MIXED_ROWS = [3, 0, 7, 1, 2, 3, 6, 4, 7, 5, 1]
 
 
@@ -252,8 +253,7 @@ def test_one_adapter_for_all_rows(side, backend, group, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_one_pair_or_none(backend, dtype):
     """Nothing is copied: what is scaled stays in its place, forward and backward."""
-    groups = [{"pairs": 1}, None, {"pairs": 1, "bias": True}]
-    check(make_layer(groups, [2, 0, 1, 0], dtype=dtype, tokens=7), weight=False, backend=backend)
+    check(make_layer(ONE_PAIR, [2, 0, 1, 0], dtype=dtype, tokens=7), weight=False, backend=backend)
 
 
 def test_beyond_the_modulation_the_plan_takes_the_weight_side_by_itself():
@@ -423,8 +423,9 @@ def test_factors_serve_several_backwards():
 
 
 @pytest.mark.parametrize("backend", TRAINED)
-def test_the_gradient_of_x_through_resident_adapters(side, backend):
-    layer = make_layer(MIXED, MIXED_ROWS)
+@pytest.mark.parametrize("groups", [MIXED, ONE_PAIR], ids=["mixed", "one pair"])
+def test_the_gradient_of_x_through_resident_adapters(side, backend, groups):
+    layer = make_layer(groups, [row % len(groups) for row in MIXED_ROWS])
     with torch.no_grad():
         lent = batch_factors(layer)
     joined = batch_factors(layer)

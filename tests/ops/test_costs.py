@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from flora.ops import costs
+from flora.ops import backend_name, costs
 from flora.ops.costs import forget_costs, layer_costs
 
 
@@ -49,13 +49,22 @@ def test_costs_are_measured_once_and_kept(measured):
     costs._known.clear()  # as in the next process
     assert layer_costs(weight, "auto", grad=False) == first
     assert measured == [(32, 48)]
-    layer_costs(weight, "eager", grad=False)
+    assert layer_costs(weight, backend_name("auto", weight.device), grad=False) == first
+    layer_costs(weight, "reference", grad=False)
     layer_costs(weight, "auto", grad=True)
     layer_costs(weight.bfloat16(), "auto", grad=False)
     assert len(measured) == 4
     forget_costs()
     layer_costs(weight, "auto", grad=False)
     assert len(measured) == 5
+
+
+def test_what_another_version_kept_is_measured_again(measured, monkeypatch):
+    for code in ("one", "one", "another"):
+        costs._known.clear()
+        monkeypatch.setattr(costs, "_code", lambda code=code: code)
+        layer_costs(torch.zeros(32, 48), "auto", grad=False)
+    assert len(measured) == 2
 
 
 def test_a_broken_file_is_measured_anew(measured, tmp_path):
