@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import pytest
@@ -209,18 +210,22 @@ def test_the_page_of_the_structure_has_each_module():
 
 RESULTS = re.compile(r"\((?:docs/)?results/([\w-]+\.json)\)")
 FIGURE = re.compile(r"[\d,]*\d(\.\d+)?")
+QUOTING = ("README.md", "docs/bench.md", "docs/performance.md")
 
 
-def quoted_rows(page: str) -> Iterator[tuple[list[str], list[str]]]:
-    """The figures of each row of a page's tables, and the results that its section names."""
+def quoted_rows(page: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Of each row of a page's tables its label, its figures and the results its section names."""
     results: list[str] = []
+    in_block = False
     for line in page.splitlines():
-        if line.startswith("#"):
+        in_block ^= line.startswith("```")
+        if line.startswith("#") and not in_block:
             results = []
         results += RESULTS.findall(line)
-        figures = [cell for cell in map(str.strip, line.split("|")) if FIGURE.fullmatch(cell)]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        figures = [cell for cell in cells if FIGURE.fullmatch(cell)]
         if line.startswith("|") and results and figures:
-            yield figures, results
+            yield cells[0], figures, results
 
 
 def renderings(record: dict[str, Any]) -> set[str]:
@@ -230,18 +235,47 @@ def renderings(record: dict[str, Any]) -> set[str]:
     return {f"{n * scale:,.{digits}f}" for n in numbers for scale in scales for digits in range(3)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def fits(label: str, record: dict[str, Any]) -> bool:
+    """Whether a row's label may be that of a record: each system and kind that it names."""
+    names = {"PEFT": "peft", "flora": "flora", "base": "base", "none": "base"}
+    kinds = {"FLoRA": "FLORA", " LoRA": "LORA", "IA3": "IA3"}
+    parts = re.split(r"\W", " ".join(str(record.get(c)) for c in ("system", "kind", "mix")))
+    return all(part in parts for name, part in (names | kinds).items() if name in f" {label}")
+
+
+def summaries(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """How far `op`'s systems are from the limit at each rank, with 8 rows and more."""
+    times: dict[int, dict[str, list[float]]] = {}
+    for r in records:
+        if r.get("times_limit") and r["rows"] >= 8:
+            of_rank = times.setdefault(r["rank"], {})
+            of_rank.setdefault(f"{r['system']} {r['kind']}", []).append(r["times_limit"])
+    for rank, of_rank in times.items():
+        yield {"rank": rank} | {name: median(values) for name, values in of_rank.items()}
+
+
+@pytest.mark.parametrize("page", QUOTING)
 def test_a_page_quotes_what_was_measured(page):
-    for figures, results in quoted_rows(page.read_text()):
+    rows = list(quoted_rows((ROOT / page).read_text()))
+    assert rows
+    for label, figures, results in rows:
         records = [
             record
             for name in dict.fromkeys(results)
             for record in json.loads((ROOT / "docs/results" / name).read_text())
         ]
-        assert any(set(figures) <= renderings(record) for record in records), figures
+        records = [r for r in records if fits(label, r)] + list(summaries(records))
+        assert any(set(figures) <= renderings(record) for record in records), (label, figures)
 
 
 def test_a_row_that_was_not_measured_is_found():
-    page = "## Speed\n[these](results/a.json)\n| x | 1 | 2.50 |\n## More\n| y | 3 |\n"
-    assert list(quoted_rows(page)) == [(["1", "2.50"], ["a.json"])]
+    speed = "## Speed\n[these](results/a.json)\n```\n# no title\n```\n| x | 1 | 2.50 |\n"
+    page = f"{speed}## More\n| y | 3 |\n"
+    assert list(quoted_rows(page)) == [("x", ["1", "2.50"], ["a.json"])]
     assert {"1", "2,500", "2.50"} <= renderings({"rows": 1, "seconds": 2.5, "kind": "LORA"})
+    lora = {"system": "peft-one", "kind": "LORA"}
+    assert [fits(label, lora) for label in ("PEFT: LoRA", "FLoRA", "flora: LoRA")] == [
+        True,
+        False,
+        False,
+    ]

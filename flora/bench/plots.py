@@ -1,6 +1,7 @@
 """Pictures of saved results: speed over what was varied, with the limit drawn in."""
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ Record = Mapping[str, Any]
 
 PANEL_INCHES = (4.6, 3.4)
 COLUMNS = 3
+NAME_WIDTH = 36
+LINE_INCHES = 0.17
 
 ONE_PICTURE = ("machine", "model", "dtype", "backend")
 """Columns in which a study's records must be the same: medians are taken over the others."""
@@ -199,7 +202,9 @@ def _draw(chart: Chart, records: Sequence[Record]) -> Figure | None:
 
 
 def _line_name(chart: Chart, record: Record) -> str:
-    return " ".join(str(record[c]) for c in chart.lines if record[c] is not None)
+    own = dict(record) | ({"kind": mix} if (mix := record.get("mix")) else {})
+    name = " ".join(str(own[column]) for column in chart.lines if own[column] is not None)
+    return textwrap.fill(name.replace("+", " + "), NAME_WIDTH)
 
 
 def _draw_line(axes: Axes, chart: Chart, records: Sequence[Record], name: str, color: str) -> None:
@@ -245,7 +250,11 @@ def _draw_crossovers(found: Sequence[Mapping[str, Any]]) -> Figure | None:
         own = [point for point in found if point["rows"] == rows]
         x, y = ([min(p[name], most) for p in own] for name in ("predicted", "measured"))
         axes.plot(x, y, "o", color=f"C{number % 10}", label=f"{rows} rows")
-    axes.set(xscale="log", yscale="log", title="Where LoRA by bmm overtakes FLoRA")
+    axes.set(title="Where LoRA by bmm overtakes FLoRA")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="rank predicted by equation (7)", ylabel="rank measured")
     _draw_legend(figure)
     return figure
@@ -260,9 +269,13 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _draw_legend(figure: Figure) -> None:
-    """One for all panels, below them."""
+    """One for all panels, in room of its own below them, no wider than they are."""
+    columns = 1 + min(len(figure.axes), COLUMNS)
     handles: dict[str, Artist] = {}
     for axes in figure.axes:
         lines, names = axes.get_legend_handles_labels()
         handles |= dict(zip(names, lines, strict=True))
-    figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=4)
+    height_in_lines = 1 + sum(1 + name.count("\n") for name in handles) // columns
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + LINE_INCHES * height_in_lines)
+    figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=columns)
