@@ -23,11 +23,18 @@ def processor() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+def has_avx512_bf16() -> bool:
+    """Whether this processor has AVX-512's instructions for bf16."""
+    import torch
+
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
 def fast_dtype() -> Literal["bfloat16", "float32"]:
     """The smallest type in which this processor multiplies matrices by instructions of its own."""
     import torch
 
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    fast = has_avx512_bf16()
     if platform.machine() in ("aarch64", "arm64") and torch.backends.mkldnn.is_available():
         fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bfloat16" if fast else "float32"

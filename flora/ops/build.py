@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 from flora.errors import BackendError
+from flora.machine import has_avx512_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,7 @@ def flags(capability: str) -> list[str]:
 def instructions() -> str:
     """Those of `FLAGS` for this machine, no more than ATen allows itself."""
     found = torch.backends.cpu.get_cpu_capability()
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
-    if found == "AVX512" and has_bf16():
+    if found == "AVX512" and has_avx512_bf16():
         return "AVX512_BF16"
     return found if found in FLAGS else "DEFAULT"
 
