@@ -192,6 +192,7 @@ def _systems(
                     join_factors(layers, dtype),
                     rows,
                     weight=weight_OI,
+                    pure=True,
                     backend=backend,
                     costs=sides[system],
                 )

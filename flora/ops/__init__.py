@@ -37,6 +37,7 @@ class Operands:
     plan: Plan
     weight: Tensor | None
     bias: Tensor | None
+    pure: bool = False
 
 
 Linear = Callable[[Tensor], Tensor]

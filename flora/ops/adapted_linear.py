@@ -24,6 +24,7 @@ def adapted_linear(
     *,
     bias: Float[Tensor, " O"] | None = None,
     weight: Float[Tensor, "O I"] | None = None,
+    pure: bool = False,
     backend: str = "auto",
 ) -> Float[Tensor, "S N O"]:
     """One linear layer, each row with its own adapter (FLoRA, equations 5 and 6, for every kind).
@@ -34,6 +35,8 @@ def adapted_linear(
     rows:    the group of each row, S numbers below G.
     bias:    the layer's own, added once, at the end, to the rows whose group brings none.
     weight:  W0 where it can be read: with it many tokens of many pairs take the weight side.
+    pure:    whether the base keeps nothing of what it is given, and gives new contiguous memory in
+             x's type each time; such memory is written to.
     backend: "auto" or a name in `BACKENDS`.
 
     Products are taken in x's type, sums in at least fp32; the result has x's type. Differentiable
@@ -41,7 +44,7 @@ def adapted_linear(
     all else is as for that type. Kernels go by address, so compiled code calls this through
     `torch.compiler.disable`. Raises ShapeError where sizes do not fit, BackendError.
     """
-    linear = prepare(x, base, factors, rows, bias=bias, weight=weight, backend=backend)
+    linear = prepare(x, base, factors, rows, bias=bias, weight=weight, pure=pure, backend=backend)
     return linear(x)
 
 
@@ -53,6 +56,7 @@ def prepare(
     *,
     bias: Float[Tensor, " O"] | None = None,
     weight: Float[Tensor, "O I"] | None = None,
+    pure: bool = False,
     backend: str = "auto",
     costs: Costs | None = None,
 ) -> Linear:
@@ -66,6 +70,25 @@ def prepare(
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return lambda x: _without_autocast(x, base, factors, rows, bias, weight, backend)
+    operands = make_operands(
+        x, base, factors, rows, bias=bias, weight=weight, pure=pure, backend=backend, costs=costs
+    )
+    return get_backend(backend, x.device).prepare(x, operands)
+
+
+def make_operands(
+    x: Tensor,
+    base: BaseProduct,
+    factors: BatchFactors,
+    rows: Sequence[int],
+    *,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    pure: bool,
+    backend: str,
+    costs: Costs | None = None,
+) -> Operands:
+    """What a backend is given, planned; arguments and errors as `prepare`'s."""
     rows = tuple(rows)
     if x.ndim != 3 or x.shape[0] != len(rows):
         raise ShapeError(f"{len(rows)} rows named, but x has the shape {list(x.shape)}")
@@ -95,8 +118,7 @@ def prepare(
         grad=grad,
         costs=costs,
     )
-    operands = Operands(base, factors, plan, weight, bias)
-    return get_backend(backend, x.device).prepare(x, operands)
+    return Operands(base, factors, plan, weight, bias, pure)
 
 
 def _more_copies(factors: BatchFactors, rows: Sequence[int]) -> int:

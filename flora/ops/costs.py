@@ -162,7 +162,7 @@ def _one_row(
             (0,), (pairs,), (0,), (False,), tokens=tokens, has_weight=True, grad=grad, costs=side
         )
         base = partial(F.linear, weight=weight_OI)
-        operands = Operands(base, factors, plan, weight_OI, None)
+        operands = Operands(base, factors, plan, weight_OI, None, pure=True)
         linear = get_backend(backend, weight_OI.device).prepare(x_SNI, operands)
     dy_SNO = weight_OI.new_ones(1, tokens, O)
 

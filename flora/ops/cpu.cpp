@@ -187,7 +187,7 @@ struct Contraction {
   Pages<float> a;
   Pages<T> down, up, biases;
   T* y;
-  int64_t N, I, O;
+  int64_t N, I, O, product_stride, y_stride;
 
   // Tokens of row s, from its token `first` on.
   template <int64_t Tokens>
@@ -204,8 +204,8 @@ struct Contraction {
 
     // Some ranks at a time, as their pages then come from memory one behind the other.
     if (row.rank > kRanks) sums.resize(Tokens * O);
-    const Span<Tokens> own{row, product + (row.first_copy * N + first) * O, hidden.data(),
-                           sums.data(), y + (s * N + first) * O};
+    const Span<Tokens> own{row, product + (row.first_copy * N + first) * product_stride,
+                           hidden.data(), sums.data(), y + (s * N + first) * y_stride};
     if (row.rank <= kRanks) return add<true, true>(own, 0, row.rank);
     add<true, false>(own, 0, kRanks);
     int64_t r = kRanks;
@@ -245,7 +245,7 @@ struct Contraction {
         }
       }
       for (int64_t t = 0; t < Tokens; ++t) {
-        if constexpr (Last) store(own.y + t * O + o, sum[t], n);
+        if constexpr (Last) store(own.y + t * y_stride + o, sum[t], n);
         else store(own.sums + t * O + o, sum[t], n);
       }
     });
@@ -263,8 +263,9 @@ struct Contraction {
         fetch(a[page + row.copies] + o);
         scale = load(a[page] + o, n);
       }
-      const T* from = own.product + copy * N * O + o;
-      for (int64_t t = 0; t < Tokens; ++t) add_product(sum[t], scale, load(from + t * O, n));
+      const T* from = own.product + copy * N * product_stride + o;
+      for (int64_t t = 0; t < Tokens; ++t)
+        add_product(sum[t], scale, load(from + t * product_stride, n));
     }
   }
 };
@@ -356,6 +357,7 @@ struct Job {
   const Row* rows;
   Pool b, a, down, up, biases;
   int64_t S, N, I, O;
+  int64_t product_stride, y_stride;  // numbers from one token's outputs to the next one's
   int64_t dtype;  // of x and of all that has no type here: an index into `DTYPES`
 };
 
@@ -405,7 +407,8 @@ inline bool alike(const Row* rows) {
 }
 
 // product [T, N, O] -> to [S, N, O]: each row's copies scaled and summed, with its additive part and
-// bias. `to` may be the product where each row has one copy, in its own place.
+// bias. `to` may be the product where each row has one copy, in its own place. Both may be some columns
+// of a wider matrix.
 void contract(const Job& job, const void* product, const void* x, const void* bias, void* to) {
   dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -413,7 +416,8 @@ void contract(const Job& job, const void* product, const void* x, const void* bi
     const int64_t I = job.I, O = job.O;
     const Contraction<T> part{typed(product),   typed(x),       typed(bias),        {job.a, O},
                               {job.down, I},    {job.up, O},    {job.biases, O},
-                              static_cast<T*>(to), job.N, I, O};
+                              static_cast<T*>(to), job.N, I, O,
+                              job.product_stride,  job.y_stride};
     const int64_t N = job.N, blocks = (N + kTokens - 1) / kTokens;
     parallel_for(job.S * blocks, I + O, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {

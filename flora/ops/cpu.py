@@ -3,15 +3,17 @@
 For fp32 and 16 bits; in fp64, and where W0 has another type than x, the operator is `eager`'s.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flora.ops import Linear, Operands, cpu_autograd, eager
 from flora.ops.cpu_kernels import DTYPES, Job, contract, expand, modulate, scratch
+from flora.ops.factors import BaseProduct
 
 KEPT_COPIES = 1 << 16
 """Up to so many numbers, as a step of decoding has, a layer keeps the memory of its copies."""
@@ -34,6 +36,23 @@ def prepare(x_SNI: Tensor, operands: Operands) -> Linear:
     return PreparedLinear(job, operands)
 
 
+def merge(
+    x_SNI: Tensor,
+    base: BaseProduct,
+    layers: Sequence[Operands],
+    sizes: Sequence[int],
+    *,
+    same_input: bool,
+) -> Linear | None:
+    """See `prepare_merged`; None where the kernels do not suit."""
+    dtype = x_SNI.dtype
+    suits = dtype in DTYPES and all(
+        own.pure and not own.plan.grad and (own.weight is None or own.weight.dtype == dtype)
+        for own in layers
+    )
+    return MergedLinear(x_SNI, base, layers, sizes, same_input=same_input) if suits else None
+
+
 class PreparedLinear:
     """A layer in one batch without gradients, and the memory that it keeps for its steps."""
 
@@ -53,35 +72,22 @@ class PreparedLinear:
         T = len(table.copies)
         self.copies_shape, self.product_shape, self.y_shape = (T, N, I), (T, N, O), (S, N, O)
         self.kept: tuple[Tensor, int] | None = None
-        if self.expands and weight_OI is not None and T * N * I <= KEPT_COPIES:
+        self.pure = operands.pure
+        if self.expands and self.pure and T * N * I <= KEPT_COPIES:
             kept = torch.empty(self.copies_shape, dtype=job.dtype)
             self.kept = kept, kept.data_ptr()
-        self.weight = (
-            weight_OI.contiguous() if weight_OI is not None and self.segments else weight_OI
-        )
+        self.weight = weight_OI.contiguous() if weight_OI is not None and self.segments else None
         # What a black box returns may be its own.
-        self.in_place = table.in_order and weight_OI is not None
+        self.in_place = table.in_order and (self.pure or bool(self.segments))
 
     def __call__(self, x_SNI: Tensor) -> Tensor:
         """y, `[S, N, out]`.
 
         A step of decoding comes here some hundred times, and feels each call that is made here.
         """
-        x_SNI = copies_TNI = x_SNI.contiguous()
+        x_SNI = x_SNI.contiguous()
         x_at = x_SNI.data_ptr()
-        if self.expands:
-            if self.kept is not None:
-                copies_TNI, copies_at = self.kept
-            else:
-                copies_TNI = self._new_copies()
-                copies_at = copies_TNI.data_ptr()
-            expand(self.job_at, x_at, copies_at)
-        if self.weight is None:
-            y_SNO = product_TNO = self.job.check(self.base(copies_TNI))
-        elif self.segments:
-            y_SNO = product_TNO = self._modulated_product(copies_TNI, self.weight)
-        else:
-            y_SNO = product_TNO = F.linear(copies_TNI, self.weight)
+        y_SNO = product_TNO = self.multiply(self.expand(x_SNI, x_at))
         if not self.contracts:
             return product_TNO
         product_at = y_at = product_TNO.data_ptr()
@@ -91,9 +97,28 @@ class PreparedLinear:
         contract(self.job_at, product_at, x_at, self.bias_at, y_at)
         return y_SNO
 
+    def expand(self, x_SNI: Tensor, x_at: int) -> Tensor:
+        """The copies, `[T, N, in]`; x lies at that address."""
+        if not self.expands:
+            return x_SNI
+        if self.kept is not None:
+            copies_TNI, copies_at = self.kept
+        else:
+            copies_TNI = self._new_copies()
+            copies_at = copies_TNI.data_ptr()
+        expand(self.job_at, x_at, copies_at)
+        return copies_TNI
+
+    def multiply(self, copies_TNI: Tensor) -> Tensor:
+        """Their product with W0, `[T, N, out]`."""
+        if self.weight is not None:
+            return self._modulated_product(copies_TNI, self.weight)
+        product_TNO = self.base(copies_TNI)
+        return product_TNO if self.pure else self.job.check(product_TNO)
+
     def _new_copies(self) -> Tensor:
         # A black box may keep what it is given.
-        if self.weight is None or prod(self.copies_shape) > SHARED_COPIES:
+        if not self.pure or prod(self.copies_shape) > SHARED_COPIES:
             return torch.empty(self.copies_shape, dtype=self.job.dtype)
         return scratch("copies", self.copies_shape, self.job.dtype)
 
@@ -114,3 +139,64 @@ class PreparedLinear:
             modulate(self.job_at, first_page, pages, weight_at, scratch_at)
             multiply(first, count, scratch_OI)
         return product_TNO
+
+
+class MergedLinear:
+    """Merged layers in one batch, without gradients, whose results are written side by side.
+
+    All copies go through the merged product if the layers' inputs are the same; else each layer's
+    go through its own.
+    """
+
+    def __init__(
+        self,
+        x_SNI: Tensor,
+        base: BaseProduct,
+        layers: Sequence[Operands],
+        sizes: Sequence[int],
+        *,
+        same_input: bool,
+    ) -> None:
+        (S, N, _), O = x_SNI.shape, sum(sizes)  # noqa: E741
+        self.base, self.y_shape = base, (S, N, O)
+        own = [
+            PreparedLinear(Job(x_SNI, operands, size, (None, O)), operands)
+            for operands, size in zip(layers, sizes, strict=True)
+        ]
+        weighted = any(layer.segments for layer in own)
+        shared = same_input and len({operands.factors.pairs for operands in layers}) == 1
+        self.whole = not weighted and (shared or not any(layer.expands for layer in own))
+        if self.whole:
+            own = [
+                PreparedLinear(Job(x_SNI, operands, size, (O, O)), operands)
+                for operands, size in zip(layers, sizes, strict=True)
+            ]
+        self.layers = own
+        self.in_place = all(layer.in_place for layer in own)
+        firsts = [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        # What a layer adds to the product, and where it stands.
+        self.parts = [
+            (layer, layer.job_at, layer.bias_at, first * x_SNI.element_size())
+            for layer, first in zip(own, firsts, strict=True)
+            if layer.contracts or not (self.whole and self.in_place)
+        ]
+
+    def __call__(self, x_SNI: Tensor) -> Tensor:
+        """y, `[S, N, Σ out]`."""
+        x_SNI = x_SNI.contiguous()
+        x_at = x_SNI.data_ptr()
+        if not self.whole:
+            y_SNO = x_SNI.new_empty(self.y_shape)
+            y_at = y_SNO.data_ptr()
+            for layer, job_at, bias_at, first in self.parts:
+                product_TNO = layer.multiply(layer.expand(x_SNI, x_at))
+                contract(job_at, product_TNO.data_ptr(), x_at, bias_at, y_at + first)
+            return y_SNO
+        y_SNO = product_TNO = self.base(self.layers[0].expand(x_SNI, x_at))
+        product_at = y_at = product_TNO.data_ptr()
+        if not self.in_place:
+            y_SNO = x_SNI.new_empty(self.y_shape)
+            y_at = y_SNO.data_ptr()
+        for _, job_at, bias_at, first in self.parts:
+            contract(job_at, product_at + first, x_at, bias_at, y_at + first)
+        return y_SNO

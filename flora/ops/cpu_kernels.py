@@ -34,7 +34,7 @@ class _Job(Structure):
     _fields_: ClassVar = [
         ("rows", c_void_p),
         *((name, _Pages) for name in ("b", "a", "down", "up", "biases")),
-        *((name, c_int64) for name in ("S", "N", "I", "O", "dtype")),
+        *((name, c_int64) for name in ("S", "N", "I", "O", "product_stride", "y_stride", "dtype")),
     ]
 
 
@@ -42,16 +42,27 @@ class Job:
     """What the kernels are told of a batch: its table, its factors and its sizes.
 
     They trust it, so tensors are made contiguous here, and kept as long as it is.
+
+    size:    the layer's outputs, where no factor says.
+    strides: from one token's outputs to the next one's, in the product and in y; each None where
+             they stand alone.
     """
 
-    def __init__(self, x_SNI: Tensor, operands: Operands) -> None:
+    def __init__(
+        self,
+        x_SNI: Tensor,
+        operands: Operands,
+        size: int = 0,
+        strides: tuple[int | None, int | None] = (None, None),
+    ) -> None:
         factors, dtype = operands.factors, x_SNI.dtype
         self.table: Table = make_table(
             operands.plan, factors.pairs, factors.ranks, factors.biased, x_SNI.device
         )
         self.dtype = dtype
         self.x_shape = S, N, I = x_SNI.shape  # noqa: E741
-        self.out_features = O = factors.out_features or 0  # noqa: E741
+        self.out_features = O = factors.out_features or size  # noqa: E741
+        product_stride, y_stride = (stride or O for stride in strides)
         # The factors too: their pages are lent for as long as these are not forgotten.
         self._kept: list[object] = [factors]
         pages = {
@@ -66,7 +77,15 @@ class Job:
             if family is not None
         }
         self._job = _Job(
-            rows=self.table.rows.data_ptr(), S=S, N=N, I=I, O=O, dtype=DTYPES.index(dtype), **pages
+            rows=self.table.rows.data_ptr(),
+            S=S,
+            N=N,
+            I=I,
+            O=O,
+            product_stride=product_stride,
+            y_stride=y_stride,
+            dtype=DTYPES.index(dtype),
+            **pages,
         )
         self.at = addressof(self._job)
         bias_O = operands.bias

@@ -215,6 +215,7 @@ class FloraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             rows,
             bias=bias,
             weight=weight,
+            pure=weight is not None,
         )
         return y.reshape(*x.shape[:-1], self.out_features)
 
