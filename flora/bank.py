@@ -102,6 +102,10 @@ class AdapterBank:
             kind=adapter.kind, layers=ranks, nbytes=nbytes, pinned=pinned
         )
 
+    def pin(self, identity: str) -> None:
+        """Keep an adapter until it is unloaded. Raises UnknownAdapterError."""
+        self._slot(identity).pinned = True
+
     def unload(self, identity: str) -> None:
         """Forget an adapter, pinned or not. Raises UnknownAdapterError, or ValueError if in use."""
         slot = self._slot(identity)

@@ -4,9 +4,10 @@ A layer is whatever maps `[..., in]` to `[..., out]` and says its sizes: `nn.Lin
 `Conv1D`, a quantised layer with a forward of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import chain
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -104,36 +105,33 @@ class BaseLayer:
         )
 
 
-class ModelBase:
-    """A model as `flora.adapters.core.Base`, with its layers' forwards as they are now."""
+class Layer(Protocol):
+    """A linear layer of any library, as adapters see it; `BaseLayer` says what each part is."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.layers = {
-            name: BaseLayer(module)
-            for name, module in model.named_modules()
-            if sizes_of(module) is not None
-        }
+    out_features: int
+    in_features: int
+
+    @property
+    def weight(self) -> Tensor | None: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    def product(self, x: Tensor, /) -> Tensor: ...
+
+
+class LayersBase:
+    """Layers by name as `flora.adapters.core.Layers`, and what a bank asks of each."""
+
+    layers: Mapping[str, Layer]
+    specs: Mapping[str, LayerSpec]
+
+    def __init__(self) -> None:
         self._norms2: dict[str, Tensor] = {}
-
-    @cached_property
-    def specs(self) -> dict[str, LayerSpec]:
-        """What a bank asks. Raises UsageError where a layer's tensors are not loaded."""
-        specs = {name: layer.spec(self.model) for name, layer in self.layers.items()}
-        for name, spec in specs.items():
-            if spec.device.type == "meta":
-                raise UsageError(f"{name} is on the meta device; load the model's weights first")
-        return specs
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         return {name: (la.out_features, la.in_features) for name, la in self.layers.items()}
-
-    @cached_property
-    def head(self) -> str | None:
-        find = getattr(self.model, "get_output_embeddings", None)
-        head = find() if find else None
-        return next((name for name, la in self.layers.items() if la.module is head), None)
 
     def bias(self, module: str) -> Tensor | None:
         """A layer's bias, `[out]`, in at least fp32."""
@@ -173,6 +171,36 @@ class ModelBase:
             units = torch.zeros(count, spec.in_features, dtype=spec.dtype, device=spec.device)
             units[torch.arange(count), torch.arange(first, first + count)] = UNIT
             yield _exact(layer.product(units)) / UNIT
+
+
+class ModelBase(LayersBase):
+    """A model as `flora.adapters.core.Base`, with its layers' forwards as they are now."""
+
+    layers: dict[str, BaseLayer]
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.layers = {
+            name: BaseLayer(module)
+            for name, module in model.named_modules()
+            if sizes_of(module) is not None
+        }
+
+    @cached_property
+    def specs(self) -> dict[str, LayerSpec]:  # type: ignore[override]
+        """What a bank asks. Raises UsageError where a layer's tensors are not loaded."""
+        specs = {name: layer.spec(self.model) for name, layer in self.layers.items()}
+        for name, spec in specs.items():
+            if spec.device.type == "meta":
+                raise UsageError(f"{name} is on the meta device; load the model's weights first")
+        return specs
+
+    @cached_property
+    def head(self) -> str | None:
+        find = getattr(self.model, "get_output_embeddings", None)
+        head = find() if find else None
+        return next((name for name, la in self.layers.items() if la.module is head), None)
 
 
 def _exact(tensor: Tensor) -> Tensor:

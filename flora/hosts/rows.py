@@ -1,6 +1,6 @@
 """Which adapter each row of a batch uses, and each token where a row changes over."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -54,14 +54,14 @@ class Call:
 
     rows, columns: the forward's shape; no columns where encoder and decoder have their own.
     units: rows, or rows x columns.
-    prepared: layers by their handle, kept for the next forward of the same shape.
+    prepared: layers by what their host calls them, kept for the next forward of the same shape.
     """
 
     adapters: BatchAdapters  # not the batch: what it was lent goes back as soon as it is forgotten
     rows: int
     columns: int
     units: tuple[int, ...]
-    prepared: dict[int, PreparedLayer] = field(default_factory=dict)
+    prepared: dict[Hashable, PreparedLayer] = field(default_factory=dict)
 
     @property
     def by_column(self) -> bool:

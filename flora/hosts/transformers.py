@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
@@ -383,13 +384,15 @@ class AdaptedLayer:
         if factors is None:
             return self.base.forward
         units, x_SNI = self._units(x, call)
+        weight = self.base.weight
         linear = prepare(
             x_SNI,
-            self.base.product,
+            self.base.product if weight is None else partial(F.linear, weight=weight),
             factors,
             units,
             bias=self.base.bias,
-            weight=self.base.weight,
+            weight=weight,
+            pure=weight is not None,
             backend=self.host.backend,
         )
         if x_SNI is x:
