@@ -3,12 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The supported vLLM that is not installed here: its wheel for GPUs.
+OTHER_VLLM := 0.33.0
 
-.PHONY: demo test test-slow check lint format docs cli-docs bench clean
+.PHONY: demo vllm test test-slow check compat lint format docs cli-docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base
 	$(BIN)/flora demo $(ARGS)
+
+# What it takes to serve, on a CPU.
+vllm: $(VENV)/vllm
 
 test: $(VENV)/dev
 	$(BIN)/pytest $(ARGS)
@@ -22,6 +27,11 @@ bench: $(VENV)/base
 
 check: lint cli-docs
 	git diff --exit-code -- docs/cli.md
+
+# Whether what the plugin stands on is there in each vLLM that flora supports.
+compat: $(VENV)/vllm $(VENV)/vllm-$(OTHER_VLLM)/unpacked
+	$(BIN)/python -m flora.hosts.vllm.seams
+	$(BIN)/python -m flora.hosts.vllm.seams $(VENV)/vllm-$(OTHER_VLLM)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -50,7 +60,20 @@ $(VENV)/base: requirements/torch.txt requirements/base.lock pyproject.toml
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/dev: $(VENV)/base requirements/dev.lock
+$(VENV)/vllm: $(VENV)/base requirements/vllm.lock
+	$(PIP) --no-deps --requirement requirements/vllm.lock
+	touch $@
+
+# Only the sources are kept. A version's files never change, so a newer lock unpacks nothing again.
+$(VENV)/vllm-$(OTHER_VLLM)/unpacked: | $(VENV)/base
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--only-binary=:all: --dest $(@D) vllm==$(OTHER_VLLM)
+	$(BIN)/python -c "import sys, zipfile; wheel = zipfile.ZipFile(sys.argv[1]); \
+		wheel.extractall('$(@D)', [n for n in wheel.namelist() if n.endswith('.py')])" $(@D)/*.whl
+	rm $(@D)/*.whl
+	touch $@
+
+$(VENV)/dev: $(VENV)/vllm requirements/dev.lock
 	$(PIP) --no-deps --requirement requirements/dev.lock
 	touch $@
 

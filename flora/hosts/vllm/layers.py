@@ -1,0 +1,312 @@
+"""vLLM's linear layers: the product stays each layer's own, the adapters go around it.
+
+Layers keep their class and their place: only the `apply` of their linear method is set, which every
+class of them comes through, sharded, merged or quantised.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.models import supports_multimodal
+from vllm.model_executor.utils import get_packed_modules_mapping
+
+from flora.bank import LayerSpec
+from flora.hosts.rows import Call, PreparedLayer
+from flora.hosts.vllm.settings import Settings
+from flora.ops import Linear
+from flora.ops.adapted_linear import prepare
+from flora.ops.factors import BaseProduct
+from flora.ops.merged import Slice, prepare_merged
+
+KEPT = "flora_kept"
+"""The attribute under which a layer has what `keep` kept of it."""
+
+
+class Kept(NamedTuple):
+    """What vLLM does not leave of a layer on a CPU.
+
+    weight:   W0, `[out, in]`; None where only its products are wanted.
+    products: those of each of the layers that are merged in it, which vLLM packs as one.
+    """
+
+    weight: Tensor | None
+    products: tuple[BaseProduct, ...]
+
+
+class Step(NamedTuple):
+    """What a step of the engine runs.
+
+    call:         the adapter of each token.
+    same_input: the merged layers of which each of its adapters scales the input as one.
+    """
+
+    call: Call
+    same_input: frozenset[str]
+
+
+class Current:
+    """The step that runs; None where none of its tokens uses an adapter."""
+
+    step: Step | None = None
+
+
+class Part:
+    """A checkpoint's linear layer: a whole layer of vLLM's, or a slice of a merged one.
+
+    name:  its module name, as in transformers.
+    first: its first row in the merged layer's W0, of those that are on this rank.
+    """
+
+    def __init__(
+        self,
+        layer: "AdaptedLayer",
+        name: str,
+        first: int,
+        out_features: int,
+        product: BaseProduct | None,
+    ) -> None:
+        self.layer, self.name, self.first = layer, name, first
+        self.out_features, self.in_features = out_features, layer.in_features
+        self._own_product = product
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.out_features)
+
+    @property
+    def weight(self) -> Tensor | None:
+        weight = self.layer.weight
+        return None if weight is None else weight[self.rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.layer.bias
+        return None if bias is None else bias[self.rows]
+
+    def product(self, x: Tensor, /) -> Tensor:
+        """W0 x, `[..., out]`, without the bias; what a merged layer computes beside it is lost."""
+        if self._own_product is not None:
+            return self._own_product(x)
+        if (weight := self.weight) is not None:
+            return F.linear(x, weight)
+        return self.layer.product(x)[..., self.rows].contiguous()
+
+    @property
+    def spec(self) -> LayerSpec:
+        return LayerSpec(
+            out_features=self.out_features,
+            in_features=self.in_features,
+            dtype=self.layer.dtype,
+            device=self.layer.device,
+        )
+
+
+class AdaptedLayer:
+    """One of vLLM's linear layers: its own product, or the operator where an adapter touches it.
+
+    names: of the checkpoint's layers that are merged in it, in order.
+    """
+
+    def __init__(
+        self, current: Current, name: str, layer: LinearBase, names: list[str], backend: str
+    ) -> None:
+        self.current, self.name, self.layer, self.backend = current, name, layer, backend
+        self.apply: Callable[..., Tensor] = layer.quant_method.apply
+        self.in_features: int = getattr(layer, "input_size_per_partition", layer.input_size)
+        sizes: list[int] = list(layer.output_partition_sizes)
+        self.out_features = sum(sizes)
+        if len(names) == 1:
+            sizes = [self.out_features]
+        self.dtype: torch.dtype = layer.params_dtype
+        tensors = (*layer.parameters(), *layer.buffers())
+        self.device = next((t.device for t in tensors), torch.device("cpu"))
+        kept: Kept | None = getattr(layer, KEPT, None)
+        self.weight = _readable_weight(layer) if kept is None else kept.weight
+        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+        products: Sequence[BaseProduct | None] = [None] * len(sizes)
+        if len(sizes) == 1:
+            products = [self.product]
+        elif kept is not None:
+            products = kept.products
+        self.parts = [Part(self, *own) for own in zip(names, firsts, sizes, products, strict=True)]
+        self.bias: Tensor | None = None if layer.skip_bias_add else layer.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """W0 x, `[..., out]`, without the bias."""
+        return self.apply(self.layer, x, None)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        step = self.current.step
+        if step is None:
+            return self.apply(self.layer, x, bias)
+        prepared = step.call.prepared.get(self.name)
+        if prepared is None or prepared.shape != x.shape:
+            prepared = PreparedLayer(x.shape, x.dtype, self._prepare(x, step, bias))
+            step.call.prepared[self.name] = prepared
+        y: Tensor = prepared.linear(x)
+        return y
+
+    def _prepare(self, x: Tensor, step: Step, bias: Tensor | None) -> Linear:
+        """The layer as a function of x, for every x of this shape in this step."""
+        call = step.call
+        factors = [call.adapters.factors(part.name) for part in self.parts]
+        if all(own is None for own in factors):
+            return lambda x: self.apply(self.layer, x, bias)
+        tokens = x.numel() // x.shape[-1]
+        units = (*call.units, *[0] * (tokens - len(call.units)))  # what pads a step has no adapter
+        x_SI = x.reshape(tokens, 1, -1)
+        if len(self.parts) == 1 and factors[0] is not None:
+            linear = prepare(
+                x_SI,
+                self.product,
+                factors[0],
+                units,
+                bias=bias,
+                weight=self.weight,
+                pure=True,
+                backend=self.backend,
+            )
+        else:
+            slices = [
+                Slice(
+                    out_features=part.out_features,
+                    base=part.product,
+                    factors=own,
+                    bias=None if bias is None else bias[part.rows],
+                    weight=part.weight,
+                )
+                for part, own in zip(self.parts, factors, strict=True)
+            ]
+            linear = prepare_merged(
+                x_SI,
+                self.product,
+                slices,
+                units,
+                same_input=self.name in step.same_input,
+                pure=True,
+                backend=self.backend,
+            )
+        inner, outer = x_SI.shape, (*x.shape[:-1], self.out_features)
+        return lambda x: linear(x.reshape(inner)).reshape(outer)
+
+
+def keep(layer: nn.Module, pack: Callable[[nn.Module], None], *, weight: bool) -> None:
+    """Have vLLM pack a layer's W0, and keep what it would throw away.
+
+    weight: whether W0 itself is kept.
+    """
+    weight_OI: Tensor = layer.weight.data  # type: ignore[assignment]
+    sizes: list[int] = getattr(layer, "output_partition_sizes", [])
+    pack(layer)
+    if weight_OI.ndim == 2 and not weight_OI.is_meta and isinstance(layer, LinearBase):
+        products: tuple[BaseProduct, ...] = ()
+        if len(sizes) > 1:
+            products = tuple(_packed_product(part, pack) for part in weight_OI.split(sizes))
+        setattr(layer, KEPT, Kept(weight_OI if weight else None, products))
+
+
+def _packed_product(weight_OI: Tensor, pack: Callable[[nn.Module], None]) -> BaseProduct:
+    alone: Any = nn.Module()
+    alone.weight = nn.Parameter(weight_OI.contiguous(), requires_grad=False)
+    pack(alone)
+    return lambda x: alone.cpu_linear(x, alone.weight, None)
+
+
+def _readable_weight(layer: LinearBase) -> Tensor | None:
+    """W0, `[out, in]`, where it is as it was loaded."""
+    if type(layer.quant_method) is not UnquantizedLinearMethod:
+        return None
+    weight: Tensor = layer.weight.data
+    return weight if weight.ndim == 2 and weight.numel() else None
+
+
+FORWARDS = tuple(cls.forward for cls in (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear))
+"""What comes through the linear method; a class with a forward of its own may not."""
+
+SUFFIX = "flora"
+"""What an adapted layer's name ends with among the layers that compiled code finds by name."""
+
+
+def adapt(model: Any, current: Current, vllm_config: VllmConfig) -> list[AdaptedLayer]:
+    """Put the operator around the linear layers of vLLM's model, and return them.
+
+    Some are left as they are, and no adapter fits them: whose class computes them in a way of its
+    own, whose bias is added elsewhere, or whose tokens are not the language model's.
+    """
+    backend = Settings.of(vllm_config).backend
+    packed = get_packed_modules_mapping(model)
+    context = vllm_config.compilation_config.static_forward_context
+    prefixes: tuple[str, ...] = ("",)
+    if supports_multimodal(model) and hasattr(model, "get_mm_mapping"):
+        prefixes = tuple(model.get_mm_mapping().language_model)
+    encoder = "encoder" if vllm_config.model_config.is_encoder_decoder else None
+    layers = []
+    for name, module in model.named_modules():
+        if (
+            not isinstance(module, LinearBase)
+            or type(module).forward not in FORWARDS
+            or (module.skip_bias_add and module.bias is not None)
+            or not name.startswith(prefixes)
+            or encoder in name.split(".")
+        ):
+            continue
+        parent, _, own = name.rpartition(".")
+        names = [f"{parent}.{part}".lstrip(".") for part in packed.get(own, [own])]
+        layers.append(layer := AdaptedLayer(current, name, module, names, backend))
+        context[f"{name}.{SUFFIX}"] = layer
+        # A copy, as layers may have one method between them.
+        method: Any = copy(module.quant_method)
+        method.apply = _opaque(layer)
+        module.quant_method = method
+    return layers
+
+
+def _opaque(layer: AdaptedLayer) -> Callable[..., Tensor]:
+    """A method's `apply`: one operator that compiled code does not look into."""
+    name, out_features = f"{layer.name}.{SUFFIX}", layer.out_features
+
+    def apply(_: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.flora.vllm_linear(x, bias, name, out_features)
+        return y
+
+    return apply
+
+
+_library = torch.library.Library("flora", "FRAGMENT")
+_library.define("vllm_linear(Tensor x, Tensor? bias, str layer, int out_features) -> Tensor")
+
+
+@partial(_library.impl, "vllm_linear", dispatch_key="CompositeExplicitAutograd")
+def _vllm_linear(
+    x: Tensor,
+    bias: Tensor | None,
+    layer: str,
+    out_features: int,  # noqa: ARG001
+) -> Tensor:
+    """A layer behind its name: compiled code reads the batch as it runs, not as it is traced."""
+    y: Tensor = get_forward_context().no_compile_layers[layer](x, bias)
+    return y
+
+
+@partial(torch.library.register_fake, "flora::vllm_linear")
+def _vllm_linear_shape(
+    x: Tensor,
+    bias: Tensor | None,  # noqa: ARG001
+    layer: str,  # noqa: ARG001
+    out_features: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)

@@ -1,0 +1,202 @@
+"""What vLLM's workers ask of adapters: load, unload, pin, and which of them each token uses."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.request import LoRARequest
+
+from flora.adapters.checkpoint import read_checkpoint
+from flora.adapters.core import Adapter, LayerFactors
+from flora.bank import AdapterBank
+from flora.errors import FloraError, UsageError
+from flora.hosts.rows import BatchAdapters, Call
+from flora.hosts.vllm.base import VllmBase
+from flora.hosts.vllm.layers import AdaptedLayer, Current, Step, adapt
+from flora.hosts.vllm.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+KEPT_STEPS = 16
+"""Of so many mixes of adapters a worker keeps what it prepared; a mix comes back at each step."""
+
+
+class AdapterManager:
+    """Stands for vLLM's `LRUCacheWorkerLoRAManager`: adapters of any kind, in a paged bank.
+
+    A slot of vLLM's costs nothing here: an adapter is in the bank, or it is not. What vLLM calls
+    `max_cpu_loras` is how many may be.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,  # noqa: ARG002  (each layer has its own)
+        embedding_modules: dict[str, str],  # noqa: ARG002
+    ) -> None:
+        self.settings = Settings.of(vllm_config)
+        self.capacity: int = vllm_config.lora_config.max_cpu_loras
+        self.current = Current()
+        self._shared: dict[str, frozenset[str]] = {}
+        self._requests: dict[int, LoRARequest] = {}
+        self._identities: dict[int, str] = {}
+        self._held: set[str] = set()
+        self._steps: OrderedDict[tuple[int, ...], Step | None] = OrderedDict()
+
+    @property
+    def is_enabled(self) -> bool:
+        return True
+
+    def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:
+        """Put the adapters around the model's layers; it stays the same model."""
+        self.layers = adapt(model, self.current, vllm_config)
+        self.base = VllmBase(self.layers)
+        self.base.measure_costs(self.settings.backend)
+        self.bank = AdapterBank(self.base.specs, self.settings.adapter_bytes)
+        return model
+
+    def supports_tower_connector_lora(self) -> bool:
+        return False
+
+    def list_adapters(self) -> set[int]:
+        return set(self._identities)
+
+    def add_adapter(self, request: LoRARequest) -> bool:
+        """Make an adapter resident. True where it was not.
+
+        Raises UsageError, InvalidAdapterError or OutOfBudgetError; then all is as it was. The text
+        begins with the error's name, which is all that reaches another process.
+        """
+        number = request.lora_int_id
+        if number in self._identities and not request.load_inplace:
+            return False
+        try:
+            self._load(number, read_checkpoint(request.lora_path, self.base).adapter(self.base))
+        except FloraError as error:
+            raise type(error)(f"{type(error).__name__}: {error}") from error
+        self._requests[number] = request
+        return True
+
+    def remove_adapter(self, number: int) -> bool:
+        """Forget an adapter, at once; a step that runs goes on with what it was lent."""
+        identity = self._forget(number)
+        if identity is not None and identity not in self._identities.values():
+            if identity in self._held:
+                self._held.remove(identity)
+                self.bank.release(identity)
+            self.bank.unload(identity)
+        self._requests.pop(number, None)
+        return identity is not None
+
+    def remove_all_adapters(self) -> None:
+        for number in self.list_adapters():
+            self.remove_adapter(number)
+        self.current.step = None
+
+    def pin_adapter(self, number: int) -> bool:
+        """Keep an adapter resident until it is removed. Raises UsageError where it is not."""
+        if number not in self._identities:
+            raise UsageError(f"adapter {number} is not loaded; load it before it is pinned")
+        self.bank.pin(self._identities[number])
+        return True
+
+    def set_active_adapters(
+        self, requests: Iterable[LoRARequest], mapping: LoRAMapping | None
+    ) -> None:
+        """Which adapters the next step uses, and for which of its tokens.
+
+        requests: the adapters that run; of two with one name vLLM may leave one out, which then was
+                  added before.
+        """
+        for request in requests:
+            self._requests.setdefault(request.lora_int_id, request)
+        if mapping is None:
+            return
+        numbers = mapping.index_mapping
+        used = set(numbers) - {0}
+        self._hold({self._identities[n] for n in used if n in self._identities})
+        for number in used - self._identities.keys():
+            self.add_adapter(self._requests[number])
+            self._hold(self._held | {self._identities[number]})
+        if numbers not in self._steps:
+            self._steps[numbers] = self._make_step(numbers)
+            if len(self._steps) > KEPT_STEPS:
+                self._steps.popitem(last=False)
+        self._steps.move_to_end(numbers)
+        self.current.step = self._steps[numbers]
+
+    def _make_step(self, numbers: tuple[int, ...]) -> Step | None:
+        groups: dict[str | None, int] = {None: 0}
+        units = tuple(
+            groups.setdefault(self._identities[n] if n else None, len(groups)) for n in numbers
+        )
+        if len(groups) == 1:
+            return None
+        call = Call(BatchAdapters(tuple(groups), self.bank.factors), len(units), 1, units)
+        shared = frozenset.intersection(*(self._shared[name] for name in groups if name))
+        return Step(call, shared)
+
+    def _hold(self, identities: set[str]) -> None:
+        """Keep these from being evicted, and no longer those of the last step."""
+        for identity in identities - self._held:
+            self.bank.acquire(identity)
+        for identity in self._held - identities:
+            self.bank.release(identity)
+        self._held = identities
+
+    def _load(self, number: int, adapter: Adapter) -> None:
+        if adapter.identity not in self.bank:
+            idle = (r.identity for r in self.bank.residents if not (r.uses or r.pinned))
+            while len(self.bank.residents) >= self.capacity and (oldest := next(idle, None)):
+                self.bank.unload(oldest)
+        self.bank.load(adapter)
+        self._forget(number)
+        self._identities[number] = adapter.identity
+        self._shared[adapter.identity] = _same_input(adapter, self.layers)
+        for other in [n for n, i in self._identities.items() if i not in self.bank]:
+            self._forget(other)  # to make room
+
+    def _forget(self, number: int) -> str | None:
+        """The identity that a number had, of which nothing prepared is kept."""
+        self._steps = OrderedDict((m, step) for m, step in self._steps.items() if number not in m)
+        identity = self._identities.pop(number, None)
+        if identity not in self._identities.values():
+            self._shared.pop(identity or "", None)
+        return identity
+
+    # vLLM's warm-up steps, which it sizes and compiles by.
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        yield
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        return default_rank
+
+    def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:  # noqa: ARG002
+        """An adapter that touches nothing: no shape depends on adapters."""
+        if request.lora_int_id in self._identities:
+            return False
+        self._load(request.lora_int_id, Adapter(kind="base", identity=request.lora_name, layers={}))
+        return True
+
+
+def _same_input(adapter: Adapter, layers: Iterable[AdaptedLayer]) -> frozenset[str]:
+    """The merged layers whose input an adapter scales as one: the same b for all of its parts."""
+    shared = set()
+    for layer in layers:
+        first, *others = (adapter.layers.get(part.name, LayerFactors()) for part in layer.parts)
+        if all(_equal(first.hadamard_in, other.hadamard_in) for other in others):
+            shared.add(layer.name)
+    return frozenset(shared)
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
