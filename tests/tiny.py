@@ -7,12 +7,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32, vocabulary: int = 64) -> LlamaForCausalLM:
+def tiny_llama(
+    dtype: torch.dtype = torch.float32, vocabulary: int = 64, hidden_size: int = 32
+) -> LlamaForCausalLM:
     """The same model at each call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -25,7 +27,7 @@ def tiny_llama(dtype: torch.dtype = torch.float32, vocabulary: int = 64) -> Llam
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def save_tiny_model(folder: Path) -> Path:
+def save_tiny_model(folder: Path, hidden_size: int = 32) -> Path:
     """A model's folder with a tokenizer of bytes."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
@@ -36,5 +38,5 @@ def save_tiny_model(folder: Path) -> Path:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
     fast.save_pretrained(folder)
-    tiny_llama(vocabulary=len(vocabulary)).save_pretrained(folder)
+    tiny_llama(vocabulary=len(vocabulary), hidden_size=hidden_size).save_pretrained(folder)
     return folder

@@ -30,36 +30,32 @@ def command(
     new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of sampling.")] = 0,
+    engine: Annotated[str, typer.Option(help="transformers, or vllm where it is installed.")] = (
+        "transformers"
+    ),
 ) -> None:
     """Answer each line of a JSONL file by its own adapter; the results come in the same order.
 
     A line that does not hold has its error as its result, and the exit code is 1 at the end.
     """
-    import flora
     from flora.adapters.checkpoint import find_adapters
     from flora.errors import FloraError, UsageError
-    from flora.hosts.loading import load_model
+    from flora.hosts.offline import ENGINES, Sampling, load_engine
     from flora.store import fetch
 
+    if engine not in ENGINES:
+        raise UsageError(f"there is no engine {engine!r}; these are: {', '.join(ENGINES)}")
     if input != "-" and not Path(input).is_file():
         raise UsageError(f"there is no input file {input!r}")
     if output is not None and output.exists() and input != "-" and output.samefile(input):
         raise UsageError("--output is the --input file; name another")
     folders = find_adapters(fetch(adapters))
-    base_model, tokenizer = load_model(model)
-    flora.attach(base_model, folders)
-
-    settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        from transformers import set_seed
-
-        set_seed(seed)
-        settings["temperature"] = temperature
-
-    room = getattr(base_model.config, "max_position_embeddings", None)
-    longest = None if room is None else room - new_tokens
+    sampling = Sampling(new_tokens=new_tokens, temperature=temperature, seed=seed)
+    loaded = load_engine(engine, model, folders, sampling, rows=rows)
+    longest = None if loaded.room is None else loaded.room - new_tokens
     if longest is not None and longest < 1:
-        raise UsageError(f"--new-tokens {new_tokens}: the model has room for {room} tokens in all")
+        said = f"the model has room for {loaded.room} tokens in all"
+        raise UsageError(f"--new-tokens {new_tokens}: {said}")
     seen = failed = 0
     with ExitStack() as files:
         # As bytes: a line that is no UTF-8 is that line's fault alone.
@@ -72,9 +68,12 @@ def command(
         opened = None if output is None else files.enter_context(output.open("wb"))
         sink = opened or sys.stdout.buffer
         for batch in chain([first], batches):
-            requests = [_request(line, folders, tokenizer, longest) for line in batch]
+            requests = [_request(line, folders, loaded.tokenizer, longest) for line in batch]
             good = [request for request in requests if request.tokens]
-            answers = iter(_answer(base_model, tokenizer, good, settings))
+            names = [request.result.get("adapter") for request in good]
+            answers = iter(
+                loaded.generate([request.tokens for request in good], names) if good else []
+            )
             for request in requests:
                 text = {"text": next(answers)} if request.tokens else {}
                 line = json.dumps(request.result | text, ensure_ascii=False) + "\n"
@@ -129,21 +128,3 @@ def _request(line: bytes, folders: dict[str, Path], tokenizer: Any, longest: int
         said = f"the prompt has {len(tokens)} tokens, the model has room for {longest}"
         return Request(request | {"error": said}, [])
     return Request(request, tokens)
-
-
-def _answer(
-    model: Any, tokenizer: Any, requests: list[Request], settings: dict[str, Any]
-) -> list[str]:
-    if not requests:
-        return []
-    batch = tokenizer.pad({"input_ids": [r.tokens for r in requests]}, return_tensors="pt")
-    output = model.generate(
-        **batch.to(model.device),
-        adapter_names=[r.result.get("adapter") for r in requests],
-        pad_token_id=tokenizer.pad_token_id,
-        **settings,
-    )
-    answers: list[str] = tokenizer.batch_decode(
-        output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    return answers
