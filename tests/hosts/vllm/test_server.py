@@ -1,0 +1,188 @@
+"""A real server with the plugin, asked by the openai client as its users ask it."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flora.adapters.checkpoint import TENSORS_FILE
+from tests import zoo
+from tests.tiny import save_tiny_model
+
+NAMES = ("flora3", "lora", "ia3", "dora")
+NEW_TOKENS = 8
+START_SECONDS = 240
+
+
+class Server:
+    """A server of a tiny model, and what models of the adapters' own answer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.model = folder, save_tiny_model(folder / "model", 128)
+        self.base = AutoModelForCausalLM.from_pretrained(self.model)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+        for name in (*NAMES, "hira", "loha"):
+            zoo.make_adapter(name, self.base, folder / name)
+        self.text = cache(self._text)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        options = ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "16"]
+        options += ["--enable-lora", "--enforce-eager", "--served-model-name", "tiny"]
+        modules = [f"{name}={folder / name}" for name in NAMES]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(self.model), "--host", "127.0.0.1", "--port", str(port)]
+        self.log = folder / "server.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, *options, "--lora-modules", *modules],
+                env=os.environ
+                | {
+                    "VLLM_CPU_KVCACHE_SPACE": "1",
+                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+                    "VLLM_SERVER_DEV_MODE": "1",  # for the worker's own list of adapters
+                },
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                httpx.get(f"{self.url}/health").raise_for_status()
+            except httpx.HTTPError:
+                time.sleep(0.5)
+            else:
+                return
+        raise AssertionError(self.log.read_text()[-4000:])
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _text(self, name: str | None, prompt: str) -> str:
+        model = self.base if name is None else zoo.own_model(name, self.base, self.folder / name)
+        batch = self.tokenizer(prompt, return_tensors="pt")
+        found = model.generate(
+            **batch, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
+        )
+        return self.tokenizer.decode(found[0, batch["input_ids"].shape[1] :])
+
+    def complete(self, name: str, prompt: str) -> str:
+        import openai
+
+        with openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0) as client:
+            answer = client.completions.create(
+                model=name,
+                prompt=prompt,
+                max_tokens=NEW_TOKENS,
+                temperature=0,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )
+        return self.tokenizer.decode(answer.choices[0].token_ids)
+
+    def post(self, route: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/{route}", json=body, timeout=60)
+
+    def load(self, name: str, folder: Path, **more: Any) -> httpx.Response:
+        return self.post("v1/load_lora_adapter", lora_name=name, lora_path=str(folder), **more)
+
+    def resident(self) -> int:
+        """How many adapters the worker has."""
+        (numbers,) = self.post("collective_rpc", method="list_loras").json()["results"]
+        return len(numbers)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    pytest.importorskip("vllm")
+    server = Server(tmp_path_factory.mktemp("server"))
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+
+
+def test_each_request_is_answered_by_its_own_adapter(server):
+    asked = [(name, f"Question {i}: ab") for i in range(3) for name in (*NAMES, None)]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(lambda row: server.complete(row[0] or "tiny", row[1]), asked))
+    assert found == [server.text(*row) for row in asked]
+
+
+def test_an_unknown_name_is_no_ones(server):
+    import openai
+
+    with pytest.raises(openai.NotFoundError):
+        server.complete("nobody", "ab")
+
+
+def test_a_bad_adapter_is_a_4xx_and_the_server_goes_on(server, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(server.folder / "lora", bad)
+    tensors = load_file(bad / TENSORS_FILE)
+    first = next(iter(tensors))
+    save_file(tensors | {first: tensors[first] * float("nan")}, bad / TENSORS_FILE)
+    answer = server.load("bad", bad)
+    assert answer.status_code == 400
+    assert "holds NaN or Inf" in answer.json()["error"]["message"]
+    narrow = tmp_path / "narrow"
+    shutil.copytree(server.folder / "lora", narrow)
+    cut = {n: t[:, :64].clone() if "lora_A" in n else t for n, t in tensors.items()}
+    save_file(cut, narrow / TENSORS_FILE)
+    answer = server.load("bad", narrow)
+    assert answer.status_code == 400
+    assert "expected [4, 128]" in answer.json()["error"]["message"]
+    assert server.load("bad", tmp_path / "nowhere").status_code == 404
+    assert server.complete("lora", "ab") == server.text("lora", "ab")
+
+
+def test_a_name_with_new_weights_never_meets_old_state(server, tmp_path):
+    """Loaded anew while others ask: each answer is that of weights that had the name then."""
+    prompt = "A prompt that is long enough to be kept in the cache of prefixes: ab"
+    folder, before = tmp_path / "changing", server.resident()
+
+    def change(name: str) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(server.folder / name, folder)
+        assert server.load("changing", folder, load_inplace=True).status_code == 200
+
+    change("hira")
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(server.complete, "flora3", prompt) for _ in range(24)]
+        for turn in range(6):
+            name = ("loha", "hira")[turn % 2]
+            change(name)
+            assert server.complete("changing", prompt) == server.text(name, prompt)
+        assert {other.result() for other in others} == {server.text("flora3", prompt)}
+    shutil.rmtree(folder)
+    assert server.complete("changing", prompt) == server.text("hira", prompt)
+    assert server.post("v1/unload_lora_adapter", lora_name="changing").status_code == 200
+    deadline = time.monotonic() + 20
+    while server.resident() > before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert server.resident() == before
+
+
+def test_the_yardstick_tells_adapters_apart(server):
+    assert len({server.text(name, "ab") for name in (*NAMES, None)}) == 1 + len(NAMES)
