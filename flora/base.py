@@ -166,9 +166,9 @@ class LayersBase:
             yield from map(_exact, weight.T.split(COLUMNS))
             return
         spec = self.specs[module]
-        for first in range(0, spec.in_features, COLUMNS):
-            count = min(COLUMNS, spec.in_features - first)
-            units = torch.zeros(count, spec.in_features, dtype=spec.dtype, device=spec.device)
+        for first in range(0, layer.in_features, COLUMNS):
+            count = min(COLUMNS, layer.in_features - first)
+            units = torch.zeros(count, layer.in_features, dtype=spec.dtype, device=spec.device)
             units[torch.arange(count), torch.arange(first, first + count)] = UNIT
             yield _exact(layer.product(units)) / UNIT
 

@@ -321,7 +321,8 @@ def _sort(
     faults: list[str],
 ) -> tuple[Params, dict[str, Tensor]]:
     """Tensors by layer, and those of all layers; every layer that is meant has an entry."""
-    params: Params = {module: {} for module in meant}
+    # In one order, as the ranks of a sharded model fill the layers together.
+    params: Params = {module: {} for module in sorted(meant)}
     shared = {}
     names = [*get_kind(kind).shapes(config, ""), *config.extras()]
     common = [f"{SHARED_PREFIX}{name}" for name in config.shared()]

@@ -27,6 +27,7 @@ from vllm.model_executor.utils import get_packed_modules_mapping
 from flora.bank import LayerSpec
 from flora.hosts.rows import Call, PreparedLayer
 from flora.hosts.vllm.settings import Settings
+from flora.hosts.vllm.shards import Shard
 from flora.ops import Linear
 from flora.ops.adapted_linear import prepare
 from flora.ops.factors import BaseProduct
@@ -67,8 +68,11 @@ class Current:
 class Part:
     """A checkpoint's linear layer: a whole layer of vLLM's, or a slice of a merged one.
 
+    All sizes are of what this rank has.
+
     name:  its module name, as in transformers.
-    first: its first row in the merged layer's W0, of those that are on this rank.
+    first: its first row in the merged layer's W0.
+    shard: what it is of the whole layer.
     """
 
     def __init__(
@@ -76,10 +80,11 @@ class Part:
         layer: "AdaptedLayer",
         name: str,
         first: int,
+        shard: Shard,
         out_features: int,
         product: BaseProduct | None,
     ) -> None:
-        self.layer, self.name, self.first = layer, name, first
+        self.layer, self.name, self.first, self.shard = layer, name, first, shard
         self.out_features, self.in_features = out_features, layer.in_features
         self._own_product = product
 
@@ -142,7 +147,10 @@ class AdaptedLayer:
             products = [self.product]
         elif kept is not None:
             products = kept.products
-        self.parts = [Part(self, *own) for own in zip(names, firsts, sizes, products, strict=True)]
+        shards = [Shard.of(layer, i, size, self.in_features) for i, size in enumerate(sizes)]
+        self.parts = [
+            Part(self, *own) for own in zip(names, firsts, shards, sizes, products, strict=True)
+        ]
         self.bias: Tensor | None = None if layer.skip_bias_add else layer.bias
 
     def product(self, x: Tensor) -> Tensor:
@@ -245,7 +253,7 @@ def adapt(model: Any, current: Current, vllm_config: VllmConfig) -> list[Adapted
     """Put the operator around the linear layers of vLLM's model, and return them.
 
     Some are left as they are, and no adapter fits them: whose class computes them in a way of its
-    own, whose bias is added elsewhere, or whose tokens are not the language model's.
+    own, whose bias is added elsewhere, whose tokens are not the language model's.
     """
     backend = Settings.of(vllm_config).backend
     packed = get_packed_modules_mapping(model)
@@ -266,6 +274,8 @@ def adapt(model: Any, current: Current, vllm_config: VllmConfig) -> list[Adapted
             continue
         parent, _, own = name.rpartition(".")
         names = [f"{parent}.{part}".lstrip(".") for part in packed.get(own, [own])]
+        if module.tp_size > 1 and len(names) < len(module.output_partition_sizes):
+            continue  # a checkpoint has as one what each rank has some of, part by part
         layers.append(layer := AdaptedLayer(current, name, module, names, backend))
         context[f"{name}.{SUFFIX}"] = layer
         # A copy, as layers may have one method between them.

@@ -76,7 +76,8 @@ class AdapterManager:
         if number in self._identities and not request.load_inplace:
             return False
         try:
-            self._load(number, read_checkpoint(request.lora_path, self.base).adapter(self.base))
+            adapter = read_checkpoint(request.lora_path, self.base).adapter(self.base)
+            self._load(number, self.base.shard(adapter))
         except FloraError as error:
             raise type(error)(f"{type(error).__name__}: {error}") from error
         self._requests[number] = request

@@ -67,7 +67,6 @@ def _refuse(vllm_config: Any) -> None:
     """Raise UsageError for what the plugin cannot serve with adapters."""
     parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
     wrong = {
-        "--tensor-parallel-size": parallel.tensor_parallel_size > 1,
         "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
         "--fully-sharded-loras": lora.fully_sharded_loras,
         "--enable-tower-connector-lora": lora.enable_tower_connector_lora,

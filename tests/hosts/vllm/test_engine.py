@@ -38,6 +38,10 @@ def run(folder: Path, model: Path, steps: list[Any], **options: Any) -> list[Any
     job.write_text(json.dumps({"model": str(model), "options": options, "steps": steps}))
     # Compiled by dynamo, and run by torch's own kernels: inductor takes minutes.
     environment = os.environ | {"VLLM_CPU_CI_ENV": "1", "PYTHONPATH": os.getcwd()}
+    if (ranks := options.get("tensor_parallel_size", 1)) > 1:  # a core each
+        cores = sorted(os.sched_getaffinity(0))
+        bound = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = bound
     command = [sys.executable, "-m", "tests.hosts.vllm.engine", str(job), str(result)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -94,7 +98,11 @@ def batches() -> list[list[tuple[str | None, int]]]:
     return [mixed, [mixed[i] for i in order], [("flora3", 40)], [("dora", 3)], twice]
 
 
-@pytest.mark.parametrize("options", [EAGER, {}], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "options",
+    [EAGER, {}, {**EAGER, "tensor_parallel_size": 2}],
+    ids=["eager", "compiled", "sharded"],
+)
 def test_a_row_gets_the_tokens_of_a_model_of_its_own(own, tmp_path, options):
     steps = [{"generate": [own.row(*row) for row in rows]} for rows in batches()]
     found = run(tmp_path, own.model, steps, **options)
