@@ -1,11 +1,15 @@
 """`flora bench`: measurements, each against the base model in turns."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from flora.bench.adapters import Spec
 
 MIXED = "FLORA:1+HIRA:1+IA3+LORA:8+LORA/use_dora:8+ADALORA:8+VERA:8+LOHA:2"
 """What "mixed" stands for in --kinds."""
@@ -22,8 +26,13 @@ SHAPES = {
 SPEED = ("tokens per second", 1.0, 1)
 RATIO = ("of base", 1.0, 2)
 LIMIT = ("of limit", 1.0, 2)
+LATENCIES = {
+    f"{stage}_{name}_seconds": (f"{title}{percentile}, ms", 1e3, 0)
+    for name, title in (("ttft", "first token"), ("tpot", "token"), ("latency", "request"))
+    for stage, percentile in (("median", ""), ("p99", " p99"))
+}
 
-app = typer.Typer(help="Measure this machine: the base, flora and PEFT in turns, and the limit.")
+app = typer.Typer(help="Measure this machine: the base, flora and others in turns, and the limit.")
 
 Model = Annotated[
     str | None, typer.Option(help="A folder or a repository of the hub; the demo's if not given.")
@@ -40,6 +49,24 @@ Backend = Annotated[
 ]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Repeats = Annotated[int, typer.Option(min=1, help="Counted turns of each.")]
+Kinds = Annotated[
+    str,
+    typer.Option(
+        help="Kinds of adapters, by comma: KIND, KIND/flag, KIND:rank, several in one batch "
+        'joined by +, BASE among them for rows without; "mixed" for one of each.'
+    ),
+]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Random ones, of each row.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="That each row generates.")]
+Zipf = Annotated[
+    float,
+    typer.Option(
+        min=0, help="Exponent of the law that draws a request's adapter; 0 draws all alike."
+    ),
+]
+Eager = Annotated[
+    bool, typer.Option("--eager", help="Keep vLLM from compiling the model, in all systems.")
+]
 
 
 @app.command()
@@ -103,17 +130,11 @@ def generate(
     model: Model = None,
     rows: Rows = "32",
     distinct: Distinct = "all",
-    kinds: Annotated[
-        str,
-        typer.Option(
-            help="Kinds of adapters, by comma: KIND, KIND/flag, KIND:rank, several in one batch "
-            'joined by +, BASE among them for rows without; "mixed" for one of each.'
-        ),
-    ] = "FLORA,mixed",
+    kinds: Kinds = "FLORA,mixed",
     ranks: Ranks = "1",
     systems: Systems = "flora",
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 16,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    prompt_tokens: PromptTokens = 16,
+    new_tokens: NewTokens = 64,
     dtype: Dtype = "auto",
     repeats: Repeats = 5,
     as_json: Json = None,
@@ -123,29 +144,20 @@ def generate(
     Systems: flora; peft, its mixed batch; peft-one, one adapter for all rows.
     """
     from flora.bench import generate as study
-    from flora.bench.adapters import parse_specs
     from flora.commands.progress import progress
-    from flora.errors import UsageError
 
-    mixes = dict.fromkeys(
-        tuple(parse_specs(MIXED if text == "mixed" else text, rank))
-        for text in kinds.split(",")
-        for rank in _numbers("--ranks", ranks)
-    )
+    batches = _batches(rows, distinct)
+    mixes = _mixes(kinds, ranks, batches)
     loads = [
         study.Load(rows=r, distinct=d, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-        for r, d in _batches(rows, distinct)
+        for r, d in batches
     ]
-    if (needed := max(map(len, mixes))) > max(load.distinct for load in loads):
-        raise UsageError(
-            f"--kinds {kinds!r}: no batch has the {needed} different adapters of its largest mix"
-        )
     loaded = _load(model, dtype)
     records: list[dict[str, Any]] = []
     with progress("measuring", len(loads)) as advance:
         for load in loads:
             records += study.measure(
-                loaded, list(mixes), load, systems=systems.split(","), repeats=repeats
+                loaded, mixes, load, systems=systems.split(","), repeats=repeats
             )
             advance(f"{load.rows} rows")
     _keep(records, "generate", model, as_json)
@@ -205,10 +217,132 @@ def train(
     _print(records, columns, figures | memory_figures)
 
 
+@app.command()
+def serve(
+    model: Model = None,
+    rows: Annotated[
+        str,
+        typer.Option(help="Rows of a batch, by comma; with --rate the most that run at once."),
+    ] = "32",
+    distinct: Distinct = "all",
+    kinds: Kinds = "FLORA,mixed",
+    ranks: Ranks = "1",
+    systems: Systems = "flora",
+    prompt_tokens: PromptTokens = 16,
+    new_tokens: NewTokens = 64,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Measure servers: so many requests a second, by a Poisson process."
+        ),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Of a turn, with --rate.")] = 128,
+    zipf: Zipf = 1.0,
+    dtype: Dtype = "auto",
+    eager: Eager = False,
+    repeats: Repeats = 5,
+    as_json: Json = None,
+) -> None:
+    """Tokens per second of vLLM's engines, or latency of its servers, beside vLLM without adapters.
+
+    Systems: flora, the plugin; vllm-lora, vLLM's own LoRA, of LoRA alone.
+    """
+    from flora.bench import serve as study
+    from flora.bench.systems import Load
+    from flora.commands.progress import progress
+
+    traffic = None
+    batches = _batches(rows, distinct, drawn=rate is not None)
+    if rate is not None:
+        traffic = study.Traffic(rate=rate, requests=requests, zipf=zipf)
+    mixes = _mixes(kinds, ranks, batches)
+    records: list[dict[str, Any]] = []
+    with progress("measuring", len(batches)) as advance:
+        for r, d in batches:
+            records += study.measure(
+                _source(model),
+                mixes,
+                Load(rows=r, distinct=d, prompt_tokens=prompt_tokens, new_tokens=new_tokens),
+                traffic=traffic,
+                systems=systems.split(","),
+                dtype=dtype,
+                eager=eager,
+                repeats=repeats,
+            )
+            advance(f"{r} rows")
+    _keep(records, "serve", model, as_json)
+    columns = ("system", "kind", "rank", "rows", "distinct")
+    figures = {"tokens_per_second": SPEED, "ratio_to_base": RATIO}
+    _print(records, columns, figures | (LATENCIES if traffic else {}))
+
+
+@app.command()
+def churn(
+    model: Model = None,
+    adapters: Annotated[int, typer.Option(min=3, help="That the server knows.")] = 64,
+    resident: Annotated[int, typer.Option(min=2, help="The most that it holds at a time.")] = 16,
+    kinds: Annotated[
+        str,
+        typer.Option(help='What the adapters are in turns, joined by +; "mixed" for one of each.'),
+    ] = "mixed",
+    rows: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    requests: Annotated[int, typer.Option(min=1, help="Of a turn.")] = 256,
+    zipf: Zipf = 1.0,
+    reloads: Annotated[
+        int, typer.Option(min=2, help="Of one name, each time with other weights.")
+    ] = 50,
+    prompt_tokens: PromptTokens = 16,
+    new_tokens: NewTokens = 16,
+    dtype: Dtype = "auto",
+    eager: Eager = False,
+    repeats: Repeats = 5,
+    as_json: Json = None,
+) -> None:
+    """A server of more adapters than it holds, and of a name that is loaded again and again.
+
+    Speed beside all of them resident, wrong answers, and memory half-way and at the end.
+    """
+    from flora.bench import churn as study
+    from flora.bench.adapters import parse_specs
+    from flora.commands.progress import progress
+
+    load = study.Load(
+        adapters=adapters,
+        resident=resident,
+        rows=rows,
+        requests=requests,
+        zipf=zipf,
+        reloads=reloads,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+    )
+    with progress("measuring", 2 * (repeats + 1)) as advance:
+        records = study.measure(
+            _source(model),
+            parse_specs(MIXED if kinds == "mixed" else kinds, 1),
+            load,
+            dtype=dtype,
+            eager=eager,
+            repeats=repeats,
+            after_turn=advance,
+        )
+    _keep(records, "churn", model, as_json)
+    figures = {
+        "tokens_per_second": SPEED,
+        "ratio_to_resident": ("of all resident", 1.0, 2),
+        "median_load_seconds": ("ms a load", 1e3, 1),
+        "answers": ("answers", 1.0, 0),
+        "wrong_answers": ("wrong", 1.0, 0),
+        "halfway_memory_bytes": ("MB half-way", 1e-6, 0),
+        "memory_bytes": ("MB at the end", 1e-6, 0),
+    }
+    _print(records, ("system", "kind", "adapters", "resident", "reloads"), figures)
+
+
 def _source(model: str | None) -> str:
     from flora.assets import demo_model
 
-    return str(demo_model()) if model is None else model
+    return str(demo_model()) if model is None else os.path.expanduser(model)
 
 
 def _load(model: str | None, dtype: str = "auto") -> Any:
@@ -234,8 +368,27 @@ def _shapes(model: str | None, text: str) -> list[tuple[int, int]]:
     return found
 
 
-def _batches(rows: str, distinct: str) -> list[tuple[int, int]]:
+def _mixes(kinds: str, ranks: str, batches: Iterable[tuple[int, int]]) -> list[tuple["Spec", ...]]:
+    """The adapters of each batch. Raises UsageError where no batch has room for a mix."""
+    from flora.bench.adapters import parse_specs
+    from flora.errors import UsageError
+
+    mixes = dict.fromkeys(
+        tuple(parse_specs(MIXED if text == "mixed" else text, rank))
+        for text in kinds.split(",")
+        for rank in _numbers("--ranks", ranks)
+    )
+    if (needed := max(map(len, mixes))) > max(d for _, d in batches):
+        raise UsageError(
+            f"--kinds {kinds!r}: no batch has the {needed} different adapters of its largest mix"
+        )
+    return list(mixes)
+
+
+def _batches(rows: str, distinct: str, *, drawn: bool = False) -> list[tuple[int, int]]:
     """Each number of rows with the numbers of different adapters that it has room for.
+
+    drawn: whether requests draw their adapters: then there is always room.
 
     Raises UsageError where there is room for none.
     """
@@ -245,7 +398,7 @@ def _batches(rows: str, distinct: str) -> list[tuple[int, int]]:
         (r, d)
         for r in _numbers("--rows", rows)
         for d in dict.fromkeys(_numbers("--distinct", distinct.replace("all", str(r))))
-        if d <= r
+        if drawn or d <= r
     ]
     if not found:
         raise UsageError(f"--distinct {distinct!r}: there are not so many rows")

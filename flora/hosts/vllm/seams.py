@@ -67,6 +67,7 @@ _CHECK = "@classmethod\ndef check_and_update_config(cls, vllm_config)"
 _LOADED = "each process loads the plugin"
 _MANAGED = "the manager has all that is called on it"
 _REPLACED = "replaced"
+_SHARDED = "what a rank has, and what all have together"
 _SIZES = "self.output_partition_sizes; self.input_size_per_partition; self.bias"
 
 _ASYNC_LLM = "v1/engine/async_llm.py"
@@ -190,6 +191,21 @@ SEAMS = (
     ),
     Seam(_LINEAR, "ColumnParallelLinear.__init__", _SIZES, "the sizes of what is merged"),
     Seam(_LINEAR, "RowParallelLinear.__init__", _SIZES, "the sizes of what is merged"),
+    # shards.py
+    Seam(_LINEAR, "LinearBase.__init__", "self.tp_rank; self.tp_size", _SHARDED),
+    Seam(_LINEAR, "QKVParallelLinear.__init__", "self.num_kv_head_replicas", _SHARDED),
+    Seam(
+        "distributed/communication_op.py",
+        "",
+        "def tensor_model_parallel_all_reduce(input_)",
+        _SHARDED,
+    ),
+    Seam(
+        "distributed/communication_op.py",
+        "",
+        "def tensor_model_parallel_all_gather(input_, dim=-1)",
+        _SHARDED,
+    ),
     *(
         Seam(
             _LINEAR,
