@@ -106,7 +106,12 @@ def make_operands(
     )
     if costs is None:
         costs = Costs()
-        if weight is not None and _more_copies(factors, rows) * x.shape[1] > FEW_COPIES:
+        # What a step of decoding feels is asked first.
+        if (
+            weight is not None
+            and max(factors.pairs, default=0) > 1
+            and _more_copies(factors, rows) * x.shape[1] > FEW_COPIES
+        ):
             costs = layer_costs(weight, backend, grad=grad)
     plan = make_plan(
         rows,

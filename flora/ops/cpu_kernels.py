@@ -12,7 +12,7 @@ from torch import Tensor
 from flora.errors import ShapeError
 from flora.ops import Operands
 from flora.ops.build import load_kernels
-from flora.ops.factors import Pages
+from flora.ops.factors import BatchFactors, Pages
 from flora.ops.table import Table, make_table
 
 kernels = load_kernels()
@@ -36,6 +36,40 @@ class _Job(Structure):
         *((name, _Pages) for name in ("b", "a", "down", "up", "biases")),
         *((name, c_int64) for name in ("S", "N", "I", "O", "product_stride", "y_stride", "dtype")),
     ]
+
+
+class Pools:
+    """Where a layer's pages lie, and which of them a batch takes: the same at each step.
+
+    of:   by their names in the kernels' job.
+    kept: what these point to.
+    """
+
+    def __init__(self, factors: BatchFactors, dtype: torch.dtype) -> None:
+        self.kept: list[Tensor] = []
+        self.of = {
+            name: _Pages(*self._lay(family, which, kind))
+            for name, family, which, kind in (
+                ("b", factors.hadamard, 0, torch.float32),
+                ("a", factors.hadamard, 1, torch.float32),
+                ("down", factors.low_rank, 0, dtype),
+                ("up", factors.low_rank, 1, dtype),
+                ("biases", factors.biases, 0, dtype),
+            )
+            if family is not None
+        }
+
+    def _lay(self, pages: Pages, which: int, dtype: torch.dtype) -> tuple[int, int, int]:
+        """Where one pool is, and the index, and how many pages are taken."""
+        pool, index = pages.pools[which].detach(), pages.index
+        if index is not None and pool.dtype != dtype:
+            pool, index = pool.index_select(0, index), None
+        pool = pool.to(dtype).contiguous()
+        self.kept.append(pool)
+        if index is None:
+            return pool.data_ptr(), 0, len(pool)
+        self.kept.append(index)
+        return pool.data_ptr(), index.data_ptr(), len(index)
 
 
 class Job:
@@ -64,18 +98,7 @@ class Job:
         self.out_features = O = factors.out_features or size  # noqa: E741
         product_stride, y_stride = (stride or O for stride in strides)
         # The factors too: their pages are lent for as long as these are not forgotten.
-        self._kept: list[object] = [factors]
-        pages = {
-            name: _Pages(*self._lay(family, which, kind))
-            for name, family, which, kind in (
-                ("b", factors.hadamard, 0, torch.float32),
-                ("a", factors.hadamard, 1, torch.float32),
-                ("down", factors.low_rank, 0, dtype),
-                ("up", factors.low_rank, 1, dtype),
-                ("biases", factors.biases, 0, dtype),
-            )
-            if family is not None
-        }
+        self._factors, self._pages = factors, factors.keep(dtype, Pools, factors, dtype)
         self._job = _Job(
             rows=self.table.rows.data_ptr(),
             S=S,
@@ -85,24 +108,12 @@ class Job:
             product_stride=product_stride,
             y_stride=y_stride,
             dtype=DTYPES.index(dtype),
-            **pages,
+            **self._pages.of,
         )
         self.at = addressof(self._job)
         bias_O = operands.bias
         self.bias = None if bias_O is None else bias_O.detach().to(dtype).contiguous()
         self.bias_at = 0 if self.bias is None else self.bias.data_ptr()
-
-    def _lay(self, pages: Pages, which: int, dtype: torch.dtype) -> tuple[int, int, int]:
-        """Where one pool is, and the index, and how many pages are taken."""
-        pool, index = pages.pools[which].detach(), pages.index
-        if index is not None and pool.dtype != dtype:
-            pool, index = pool.index_select(0, index), None
-        pool = pool.to(dtype).contiguous()
-        self._kept.append(pool)
-        if index is None:
-            return pool.data_ptr(), 0, len(pool)
-        self._kept.append(index)
-        return pool.data_ptr(), index.data_ptr(), len(index)
 
     def check(self, product_TNO: Tensor) -> Tensor:
         """What a black box returned, as the kernels take it. Raises ShapeError."""

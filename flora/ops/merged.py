@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -50,11 +51,12 @@ def prepare_merged(
     Raises ShapeError where sizes do not fit, BackendError.
     """
     module = get_backend(backend, x.device)
+    groups = next(len(own.factors.pairs) for own in slices if own.factors is not None)
     operands = [
         make_operands(
             x,
             own.base,
-            own.factors or _untouched(slices),
+            own.factors or _untouched(groups),
             rows,
             bias=own.bias,
             weight=own.weight,
@@ -80,8 +82,9 @@ def prepare_merged(
     )
 
 
-def _untouched(slices: Sequence[Slice]) -> BatchFactors:
-    groups = next(len(own.factors.pairs) for own in slices if own.factors is not None)
+@lru_cache(maxsize=64)
+def _untouched(groups: int) -> BatchFactors:
+    """The factors of a layer that no group touches."""
     return BatchFactors(pairs=(0,) * groups, ranks=(0,) * groups, biased=(False,) * groups)
 
 

@@ -41,11 +41,13 @@ class AdapterManager:
     ) -> None:
         self.settings = Settings.of(vllm_config)
         self.capacity: int = vllm_config.lora_config.max_cpu_loras
+        self.slots: int = vllm_config.lora_config.max_loras
         self.current = Current()
         self._shared: dict[str, frozenset[str]] = {}
         self._requests: dict[int, LoRARequest] = {}
         self._identities: dict[int, str] = {}
         self._held: set[str] = set()
+        self._roster: BatchAdapters | None = None
         self._steps: OrderedDict[tuple[int, ...], Step | None] = OrderedDict()
 
     @property
@@ -132,15 +134,33 @@ class AdapterManager:
         self.current.step = self._steps[numbers]
 
     def _make_step(self, numbers: tuple[int, ...]) -> Step | None:
-        groups: dict[str | None, int] = {None: 0}
-        units = tuple(
-            groups.setdefault(self._identities[n] if n else None, len(groups)) for n in numbers
-        )
-        if len(groups) == 1:
+        identities = {n: self._identities[n] for n in set(numbers) if n}
+        if not identities:
             return None
-        call = Call(BatchAdapters(tuple(groups), self.bank.factors), len(units), 1, units)
-        shared = frozenset.intersection(*(self._shared[name] for name in groups if name))
-        return Step(call, shared)
+        roster = self._roster_with(set(identities.values()))
+        group = {name: number for number, name in enumerate(roster.names)}
+        of = {n: group[identity] for n, identity in identities.items()} | {0: 0}
+        units = tuple(of[n] for n in numbers)
+        shared = frozenset.intersection(*(self._shared[name] for name in identities.values()))
+        return Step(Call(roster, len(units), 1, units), shared)
+
+    def _roster_with(self, identities: set[str]) -> BatchAdapters:
+        """The adapters of late steps, these among them: what layers have of them stays the same.
+
+        Else each request that comes or goes would have all layers ask the bank anew.
+        """
+        known = () if self._roster is None else self._roster.names
+        if self._roster is None or identities - {*known}:
+            old = [name for name in known if name and name not in identities]
+            self._disband()
+            names = (None, *old[-self.slots :], *sorted(identities))
+            self._roster = BatchAdapters(names, self.bank.factors)
+        return self._roster
+
+    def _disband(self) -> None:
+        """Forget what was prepared of the roster, and so give its pages back to the bank."""
+        self._roster = None
+        self._steps.clear()
 
     def _hold(self, identities: set[str]) -> None:
         """Keep these from being evicted, and no longer those of the last step."""
@@ -152,6 +172,7 @@ class AdapterManager:
 
     def _load(self, number: int, adapter: Adapter) -> None:
         if adapter.identity not in self.bank:
+            self._disband()  # the bank's pools may move, and what was lent would keep the old ones
             idle = (r.identity for r in self.bank.residents if not (r.uses or r.pinned))
             while len(self.bank.residents) >= self.capacity and (oldest := next(idle, None)):
                 self.bank.unload(oldest)
@@ -164,8 +185,9 @@ class AdapterManager:
 
     def _forget(self, number: int) -> str | None:
         """The identity that a number had, of which nothing prepared is kept."""
-        self._steps = OrderedDict((m, step) for m, step in self._steps.items() if number not in m)
         identity = self._identities.pop(number, None)
+        if identity and self._roster is not None and identity in self._roster.names:
+            self._disband()
         if identity not in self._identities.values():
             self._shared.pop(identity or "", None)
         return identity
