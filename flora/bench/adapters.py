@@ -58,7 +58,9 @@ class Spec:
                 name: value + SPREAD * torch.randn(value.shape, generator=generator)
                 for name, value in start.items()
             }
-        return Checkpoint(kind=self.kind, config=config, params=params)
+        largest = (max(sizes) for sizes in zip(*(base.shapes[m] for m in params), strict=True))
+        shared = config.derived(*largest) if config.shared() else {}
+        return Checkpoint(kind=self.kind, config=config, params=params, shared=shared)
 
 
 def parse_specs(text: str, rank: int) -> list[Spec]:

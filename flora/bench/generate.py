@@ -71,7 +71,7 @@ def measure(
             if len(mix) > load.distinct:
                 continue  # not all of it would be in the batch
             distinct = [mix[i % len(mix)] for i in range(load.distinct)]
-            facts = _facts(mix)
+            facts = facts_of(mix)
             if "flora" in systems:
                 made = {
                     f"{number}-{i}": spec.adapter(base, i)
@@ -208,7 +208,8 @@ def _generates(
     return run
 
 
-def _facts(mix: Sequence[Spec]) -> dict[str, Any]:
+def facts_of(mix: Sequence[Spec]) -> dict[str, Any]:
+    """What a record says of a mix: its kind and rank, or what is mixed."""
     if len(mix) == 1:
         return {"kind": mix[0].name, "rank": mix[0].rank}
     members = [spec.name if spec.rank is None else f"{spec.name}:{spec.rank}" for spec in mix]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flora.adapters.checkpoint import read_checkpoint, write_checkpoint
 from flora.adapters.kinds import KINDS
 from flora.base import ModelBase
 from flora.bench.adapters import Spec, parse_specs
@@ -66,3 +67,11 @@ def test_one_of_each_kind_is_away_from_the_identity_on_every_layer(base, kind):
         moved = (factors.merge(weight) - weight).norm() / weight.norm()
         assert 1e-4 < moved < 10, module
     assert all(torch.isfinite(t).all() for f in adapter.layers.values() for _, t in f.parts())
+
+
+def test_a_folder_of_each_of_the_mixture_is_read_again(base, tmp_path):
+    for number, spec in enumerate(parse_specs(MIXED, 2)):
+        made = spec.checkpoint(base, number)
+        write_checkpoint(tmp_path / str(number), made)
+        read = read_checkpoint(tmp_path / str(number), base)
+        assert read.adapter(base).identity == spec.adapter(base, number).identity == made.identity

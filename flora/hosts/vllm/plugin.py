@@ -43,6 +43,8 @@ def _configure() -> None:
     """
     from vllm.platforms import current_platform
 
+    from flora.hosts.vllm.settings import Settings
+
     platform: Any = type(current_platform)
     check = platform.check_and_update_config.__func__
 
@@ -51,6 +53,7 @@ def _configure() -> None:
         lora = vllm_config.lora_config
         if lora is not None:
             _refuse(vllm_config)
+            Settings.of(vllm_config)
             if lora.max_loras == 1:  # vLLM's default, which has different adapters wait in turns
                 lora.max_loras = vllm_config.scheduler_config.max_num_seqs
                 lora.max_cpu_loras = max(lora.max_cpu_loras, lora.max_loras)
@@ -64,7 +67,7 @@ def _configure() -> None:
 
 
 def _refuse(vllm_config: Any) -> None:
-    """Raise UsageError for what the plugin cannot serve with adapters."""
+    """Raise UsageError for what the plugin cannot serve adapters with."""
     parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
     wrong = {
         "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
