@@ -26,6 +26,9 @@ SHAPES = {
 SPEED = ("tokens per second", 1.0, 1)
 RATIO = ("of base", 1.0, 2)
 LIMIT = ("of limit", 1.0, 2)
+PIPE_COLUMNS = 200
+"""Where no terminal says how wide a table may be."""
+
 LATENCIES = {
     f"{stage}_{name}_seconds": (f"{title}{percentile}, ms", 1e3, 0)
     for name, title in (("ttft", "first token"), ("tpot", "token"), ("latency", "request"))
@@ -329,14 +332,14 @@ def churn(
     _keep(records, "churn", model, as_json)
     figures = {
         "tokens_per_second": SPEED,
-        "ratio_to_resident": ("of all resident", 1.0, 2),
+        "ratio_to_resident": ("of all", 1.0, 2),
         "median_load_seconds": ("ms a load", 1e3, 1),
         "answers": ("answers", 1.0, 0),
         "wrong_answers": ("wrong", 1.0, 0),
         "halfway_memory_bytes": ("MB half-way", 1e-6, 0),
-        "memory_bytes": ("MB at the end", 1e-6, 0),
+        "memory_bytes": ("MB", 1e-6, 0),
     }
-    _print(records, ("system", "kind", "adapters", "resident", "reloads"), figures)
+    _print(records, ("kind", "resident", "reloads"), figures)
 
 
 def _source(model: str | None) -> str:
@@ -434,7 +437,10 @@ def _print(
             value = record.get(name)
             shown.append("" if value is None else f"{value * factor:,.{decimals}f}")
         table.add_row(*shown)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, PIPE_COLUMNS)
+    console.print(table)
 
 
 def _numbers(option: str, text: str) -> list[int]:
