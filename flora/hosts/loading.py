@@ -8,6 +8,18 @@ import torch
 from flora.errors import UsageError
 
 
+def find_model(source: str) -> str:
+    """A model's folder by its whole path, or a repository of the hub as it is named.
+
+    Raises UsageError where a folder is meant and there is none.
+    """
+    if source.startswith((".", "/", "~")):
+        source = str(Path(source).expanduser())
+        if not Path(source).is_dir():
+            raise UsageError(f"there is no model folder {source!r}")
+    return source
+
+
 def load_model(source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer, padding on the left.
 
@@ -20,10 +32,7 @@ def load_model(source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if source.startswith((".", "/", "~")):
-        source = str(Path(source).expanduser())
-        if not Path(source).is_dir():
-            raise UsageError(f"there is no model folder {source!r}")
+    source = find_model(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, padding_side="left", trust_remote_code=False

@@ -253,7 +253,8 @@ def adapt(model: Any, current: Current, vllm_config: VllmConfig) -> list[Adapted
     """Put the operator around the linear layers of vLLM's model, and return them.
 
     Some are left as they are, and no adapter fits them: whose class computes them in a way of its
-    own, whose bias is added elsewhere, whose tokens are not the language model's.
+    own, whose bias is added elsewhere, whose tokens are not the language model's, or which a
+    checkpoint has whole where a rank has some of each part.
     """
     backend = Settings.of(vllm_config).backend
     packed = get_packed_modules_mapping(model)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flora.errors import UsageError
+from flora.hosts.loading import find_model
 from flora.hosts.offline import Sampling
 
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
@@ -39,10 +40,7 @@ class VllmEngine:
 
 def load(model: str, adapters: Mapping[str, Path], sampling: Sampling, *, rows: int) -> VllmEngine:
     """See `load_engine`. All adapters are resident, and all of them are checked here."""
-    if model.startswith((".", "/", "~")):
-        model = str(Path(model).expanduser())
-        if not Path(model).is_dir():
-            raise UsageError(f"there is no model folder {model!r}")
+    model = find_model(model)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from transformers import AutoConfig
