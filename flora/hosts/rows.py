@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +34,12 @@ class BatchAdapters:
 
     names:  None for the base.
     lookup: (module, names) -> that layer's factors; asked once for each layer.
+    kept:   what a host made of them, by what it calls its layers.
     """
 
     names: tuple[str | None, ...]
     lookup: Callable[[str, tuple[str | None, ...]], BatchFactors | None]
+    kept: dict[Hashable, Any] = field(default_factory=dict)
     _factors: dict[tuple[str, bool], BatchFactors | None] = field(default_factory=dict)
 
     def factors(self, module: str) -> BatchFactors | None:

@@ -1,6 +1,7 @@
 """The front door of the operator: checks shapes, makes the plan, chooses the backend."""
 
 from collections.abc import Sequence
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,8 @@ from flora.ops import Linear, Operands, get_backend
 from flora.ops.costs import layer_costs
 from flora.ops.factors import BaseProduct, BatchFactors
 from flora.ops.plan import Costs, make_plan
+
+DEFAULT_COSTS = Costs()
 
 FEW_COPIES = 32
 """So many more than rows are never worth a modulation of W0."""
@@ -67,92 +70,98 @@ def prepare(
 
     costs: that the plan goes by; those of the layer, measured where need be, if there are none.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return lambda x: _without_autocast(x, base, factors, rows, bias, weight, backend)
-    operands = make_operands(
-        x, base, factors, rows, bias=bias, weight=weight, pure=pure, backend=backend, costs=costs
-    )
-    return get_backend(backend, x.device).prepare(x, operands)
+    layer = Adapted(base, factors, bias=bias, weight=weight, pure=pure, backend=backend)
+    return layer.prepare(x, rows, costs)
 
 
-def make_operands(
-    x: Tensor,
-    base: BaseProduct,
-    factors: BatchFactors,
-    rows: Sequence[int],
-    *,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    pure: bool,
-    backend: str,
-    costs: Costs | None = None,
-) -> Operands:
-    """What a backend is given, planned; arguments and errors as `prepare`'s."""
-    rows = tuple(rows)
-    if x.ndim != 3 or x.shape[0] != len(rows):
-        raise ShapeError(f"{len(rows)} rows named, but x has the shape {list(x.shape)}")
-    if factors.in_features not in (None, x.shape[2]):
-        raise ShapeError(
-            f"the factors are for {factors.in_features} inputs, but x has {x.shape[2]}"
+class Adapted:
+    """A layer with the factors of a batch's groups, to be prepared for rows of them over and over.
+
+    Arguments and errors as `adapted_linear`'s.
+    """
+
+    def __init__(
+        self,
+        base: BaseProduct,
+        factors: BatchFactors,
+        *,
+        bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        pure: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        if weight is not None and factors.out_features not in (None, weight.shape[0]):
+            raise ShapeError(
+                f"the factors are for {factors.out_features} outputs, but W0 has {weight.shape[0]}"
+            )
+        self.base, self.factors, self.bias, self.weight = base, factors, bias, weight
+        self.pure, self.backend = pure, backend
+        self._deepest = max(factors.pairs, default=0)
+
+    def prepare(self, x: Tensor, rows: Sequence[int], costs: Costs | None = None) -> Linear:
+        """The layer for these rows; see `prepare`."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            return partial(self._without_autocast, rows=rows)
+        return get_backend(self.backend, x.device).prepare(x, self.operands(x, rows, costs))
+
+    def operands(self, x: Tensor, rows: Sequence[int], costs: Costs | None = None) -> Operands:
+        """What a backend is given, planned."""
+        rows, factors, weight = tuple(rows), self.factors, self.weight
+        if x.ndim != 3 or x.shape[0] != len(rows):
+            raise ShapeError(f"{len(rows)} rows named, but x has the shape {list(x.shape)}")
+        if factors.in_features not in (None, x.shape[2]):
+            raise ShapeError(
+                f"the factors are for {factors.in_features} inputs, but x has {x.shape[2]}"
+            )
+        grad = torch.is_grad_enabled() and (
+            factors.requires_grad
+            or any(t is not None and t.requires_grad for t in (x, weight, self.bias))
         )
-    if weight is not None and factors.out_features not in (None, weight.shape[0]):
-        raise ShapeError(
-            f"the factors are for {factors.out_features} outputs, but W0 has {weight.shape[0]}"
+        if costs is None:
+            costs = DEFAULT_COSTS
+            # What a step of decoding feels is asked first.
+            if (
+                weight is not None
+                and self._deepest > 1
+                and _more_copies(rows, factors.pairs) * x.shape[1] > FEW_COPIES
+            ):
+                costs = layer_costs(weight, self.backend, grad=grad)
+        plan = make_plan(
+            rows,
+            factors.pairs,
+            factors.ranks,
+            factors.biased,
+            tokens=x.shape[1],
+            has_weight=weight is not None,
+            grad=grad,
+            costs=costs,
         )
+        return Operands(self.base, factors, plan, weight, self.bias, self.pure)
 
-    grad = torch.is_grad_enabled() and (
-        factors.requires_grad or any(t is not None and t.requires_grad for t in (x, weight, bias))
-    )
-    if costs is None:
-        costs = Costs()
-        # What a step of decoding feels is asked first.
-        if (
-            weight is not None
-            and max(factors.pairs, default=0) > 1
-            and _more_copies(factors, rows) * x.shape[1] > FEW_COPIES
-        ):
-            costs = layer_costs(weight, backend, grad=grad)
-    plan = make_plan(
-        rows,
-        factors.pairs,
-        factors.ranks,
-        factors.biased,
-        tokens=x.shape[1],
-        has_weight=weight is not None,
-        grad=grad,
-        costs=costs,
-    )
-    return Operands(base, factors, plan, weight, bias, pure)
+    def _without_autocast(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """Autocast would take the products of the fp32 factors in its own type, too."""
+        kind, base, weight = x.device.type, self.base, self.weight
+        dtype = torch.get_autocast_dtype(kind)
+
+        def cast_base(x: Tensor) -> Tensor:
+            # Also in the backward, which may run outside of the caller's autocast.
+            with torch.autocast(kind, dtype=dtype):
+                return base(x)
+
+        with torch.autocast(kind, enabled=False):
+            cast = Adapted(
+                cast_base,
+                self.factors,
+                bias=self.bias,
+                weight=None if weight is None else weight.to(dtype),
+                backend=self.backend,
+            )
+            x = x.to(dtype)
+            return cast.prepare(x, rows)(x)
 
 
-def _more_copies(factors: BatchFactors, rows: Sequence[int]) -> int:
+@lru_cache(maxsize=512)
+def _more_copies(rows: tuple[int, ...], pairs: tuple[int, ...]) -> int:
     """How many more than rows the activation side has; what a wrong row means the plan says."""
-    groups = range(len(factors.pairs))
-    return sum(max(0, factors.pairs[row] - 1) for row in rows if row in groups)
-
-
-def _without_autocast(
-    x: Tensor,
-    base: BaseProduct,
-    factors: BatchFactors,
-    rows: Sequence[int],
-    bias: Tensor | None,
-    weight: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """Autocast would take the products of the fp32 factors in its own type, too."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind)
-
-    def cast_base(x: Tensor) -> Tensor:
-        # Also in the backward, which may run outside of the caller's autocast.
-        with torch.autocast(kind, dtype=dtype):
-            return base(x)
-
-    with torch.autocast(kind, enabled=False):
-        weight = None if weight is None else weight.to(dtype)
-        y: Tensor = adapted_linear(
-            x.to(dtype), cast_base, factors, rows, bias=bias, weight=weight, backend=backend
-        )
-    return y
+    groups = range(len(pairs))
+    return sum(max(0, pairs[row] - 1) for row in rows if row in groups)

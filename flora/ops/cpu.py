@@ -44,7 +44,7 @@ def merge(
     *,
     same_input: bool,
 ) -> Linear | None:
-    """See `prepare_merged`; None where the kernels do not suit."""
+    """See `Merged.prepare`; None where the kernels do not suit."""
     dtype = x_SNI.dtype
     suits = dtype in DTYPES and all(
         own.pure and not own.plan.grad and (own.weight is None or own.weight.dtype == dtype)
@@ -60,9 +60,7 @@ class PreparedLinear:
         self.job, self.base, weight_OI = job, operands.base, operands.weight
         table, (S, N, I), O = job.table, job.x_shape, job.out_features  # noqa: E741
         self.job_at, self.bias_at = job.at, job.bias_at
-        # An adapter of which each layer has one side only, as IA3's, leaves the other as it is.
-        hadamard, plan = operands.factors.hadamard, operands.plan
-        in_neutral, out_neutral = (True, True) if hadamard is None else hadamard.neutral
+        plan, (in_neutral, out_neutral) = operands.plan, job.pools.neutral
         added = plan.additive or plan.bias is not None or job.bias is not None
         self.expands = not (table.in_order and (in_neutral or not table.scaled))
         self.contracts = not (table.in_order and (out_neutral or not table.scaled) and not added)
@@ -74,7 +72,7 @@ class PreparedLinear:
         self.kept: tuple[Tensor, int] | None = None
         self.pure = operands.pure
         if self.expands and self.pure and T * N * I <= KEPT_COPIES:
-            kept = torch.empty(self.copies_shape, dtype=job.dtype)
+            kept = job.pools.copies(self.copies_shape)
             self.kept = kept, kept.data_ptr()
         self.weight = weight_OI.contiguous() if weight_OI is not None and self.segments else None
         # What a black box returns may be its own.
@@ -160,17 +158,15 @@ class MergedLinear:
         (S, N, _), O = x_SNI.shape, sum(sizes)  # noqa: E741
         self.base, self.y_shape = base, (S, N, O)
         own = [
-            PreparedLinear(Job(x_SNI, operands, size, (None, O)), operands)
+            PreparedLinear(Job(x_SNI, operands, size, stride=O), operands)
             for operands, size in zip(layers, sizes, strict=True)
         ]
         weighted = any(layer.segments for layer in own)
         shared = same_input and len({operands.factors.pairs for operands in layers}) == 1
         self.whole = not weighted and (shared or not any(layer.expands for layer in own))
-        if self.whole:
-            own = [
-                PreparedLinear(Job(x_SNI, operands, size, (O, O)), operands)
-                for operands, size in zip(layers, sizes, strict=True)
-            ]
+        if not self.whole:
+            for layer in own:
+                layer.job.product_stands_alone()
         self.layers = own
         self.in_place = all(layer.in_place for layer in own)
         firsts = [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]

@@ -41,13 +41,13 @@ class _Job(Structure):
 class Pools:
     """Where a layer's pages lie, and which of them a batch takes: the same at each step.
 
-    of:   by their names in the kernels' job.
-    kept: what these point to.
+    neutral: of a layer's inputs and of its outputs, whether no page changes them: an adapter of
+             which each layer has one side only, as IA3's, leaves the other as it is.
     """
 
     def __init__(self, factors: BatchFactors, dtype: torch.dtype) -> None:
-        self.kept: list[Tensor] = []
-        self.of = {
+        self._kept: list[Tensor] = []
+        self._of = {
             name: _Pages(*self._lay(family, which, kind))
             for name, family, which, kind in (
                 ("b", factors.hadamard, 0, torch.float32),
@@ -58,6 +58,29 @@ class Pools:
             )
             if family is not None
         }
+        self._dtype, self._memory = dtype, torch.empty(0, dtype=dtype)
+        self._jobs: dict[tuple[int, ...], _Job] = {}
+        in_neutral, out_neutral = factors.hadamard.neutral if factors.hadamard else (True, True)
+        self.neutral = in_neutral, out_neutral
+
+    def job(self, rows: Tensor, S: int, N: int, *sizes: int) -> _Job:
+        """A job of theirs; `sizes` are I, O and the stride of product and y."""
+        if sizes not in self._jobs:
+            I, O, stride = sizes  # noqa: E741
+            own = {"I": I, "O": O, "product_stride": stride, "y_stride": stride}
+            self._jobs[sizes] = _Job(dtype=DTYPES.index(self._dtype), **own, **self._of)
+        # A copy, as the rows are another's.
+        job = _Job.from_buffer_copy(self._jobs[sizes])
+        job.rows, job.S, job.N = rows.data_ptr(), S, N
+        return job
+
+    def copies(self, shape: Sequence[int]) -> Tensor:
+        """Memory for a step's copies, which the next step will use again."""
+        count = prod(shape)
+        if self._memory.numel() < count:
+            with torch.inference_mode(False):
+                self._memory = torch.empty(count, dtype=self._dtype)
+        return self._memory[:count].view(shape)
 
     def _lay(self, pages: Pages, which: int, dtype: torch.dtype) -> tuple[int, int, int]:
         """Where one pool is, and the index, and how many pages are taken."""
@@ -65,10 +88,10 @@ class Pools:
         if index is not None and pool.dtype != dtype:
             pool, index = pool.index_select(0, index), None
         pool = pool.to(dtype).contiguous()
-        self.kept.append(pool)
+        self._kept.append(pool)
         if index is None:
             return pool.data_ptr(), 0, len(pool)
-        self.kept.append(index)
+        self._kept.append(index)
         return pool.data_ptr(), index.data_ptr(), len(index)
 
 
@@ -77,9 +100,9 @@ class Job:
 
     They trust it, so tensors are made contiguous here, and kept as long as it is.
 
-    size:    the layer's outputs, where no factor says.
-    strides: from one token's outputs to the next one's, in the product and in y; each None where
-             they stand alone.
+    size:   the layer's outputs, where no factor says.
+    stride: from one token's outputs to the next one's, in the product and in y; None where they
+            stand alone.
     """
 
     def __init__(
@@ -87,33 +110,26 @@ class Job:
         x_SNI: Tensor,
         operands: Operands,
         size: int = 0,
-        strides: tuple[int | None, int | None] = (None, None),
+        stride: int | None = None,
     ) -> None:
-        factors, dtype = operands.factors, x_SNI.dtype
+        factors, self.dtype = operands.factors, x_SNI.dtype
         self.table: Table = make_table(
             operands.plan, factors.pairs, factors.ranks, factors.biased, x_SNI.device
         )
-        self.dtype = dtype
         self.x_shape = S, N, I = x_SNI.shape  # noqa: E741
         self.out_features = O = factors.out_features or size  # noqa: E741
-        product_stride, y_stride = (stride or O for stride in strides)
         # The factors too: their pages are lent for as long as these are not forgotten.
-        self._factors, self._pages = factors, factors.keep(dtype, Pools, factors, dtype)
-        self._job = _Job(
-            rows=self.table.rows.data_ptr(),
-            S=S,
-            N=N,
-            I=I,
-            O=O,
-            product_stride=product_stride,
-            y_stride=y_stride,
-            dtype=DTYPES.index(dtype),
-            **self._pages.of,
-        )
+        self._factors = factors
+        self.pools = factors.keep(self.dtype, Pools, factors, self.dtype)
+        self._job = self.pools.job(self.table.rows, S, N, I, O, stride or O)
         self.at = addressof(self._job)
         bias_O = operands.bias
-        self.bias = None if bias_O is None else bias_O.detach().to(dtype).contiguous()
+        self.bias = None if bias_O is None else bias_O.detach().to(self.dtype).contiguous()
         self.bias_at = 0 if self.bias is None else self.bias.data_ptr()
+
+    def product_stands_alone(self) -> None:
+        """The product is this layer's only, where y is not."""
+        self._job.product_stride = self.out_features
 
     def check(self, product_TNO: Tensor) -> Tensor:
         """What a black box returned, as the kernels take it. Raises ShapeError."""

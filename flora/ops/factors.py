@@ -93,13 +93,13 @@ class BatchFactors:
         """`[Σ biased, out]`."""
         return None if self.biases is None else self.biases.gather()[0]
 
-    @property
+    @cached_property
     def in_features(self) -> int | None:
         """The layer's, where some part says."""
         parts = (self.hadamard, self.low_rank)
         return next((p.pools[0].shape[1] for p in parts if p is not None), None)
 
-    @property
+    @cached_property
     def out_features(self) -> int | None:
         """The layer's, where some part says."""
         parts = (self.hadamard, self.low_rank, self.biases)

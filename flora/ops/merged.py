@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flora.ops import Linear, get_backend
-from flora.ops.adapted_linear import make_operands
+from flora.ops.adapted_linear import Adapted
 from flora.ops.factors import BaseProduct, BatchFactors
 
 
@@ -29,57 +29,58 @@ class Slice:
     weight: Tensor | None = None
 
 
-def prepare_merged(
-    x: Tensor,
-    base: BaseProduct,
-    slices: Sequence[Slice],
-    rows: Sequence[int],
-    *,
-    same_input: bool = False,
-    pure: bool = False,
-    backend: str = "auto",
-) -> Linear:
-    """`adapted_linear.prepare` for layers whose outputs stand side by side, `[S, N, Σ out]`.
+class Merged:
+    """Layers whose outputs stand side by side, to be prepared for rows as `Adapted` is.
 
-    x:           S rows of N tokens.
-    base:        the merged product, without the bias.
-    slices:      the layers, one of them touched at least.
-    same_input: whether each group has one b for all of them: its copies then go through the merged
-                 product. So they do where no group scales the input. Else each layer has its own.
-    rows, pure, backend: as `prepare`'s; all bases are pure or none.
-
-    Raises ShapeError where sizes do not fit, BackendError.
+    base:   the merged product, without the bias.
+    slices: the layers, one of them touched at least.
+    pure:   as `adapted_linear` has it; of all bases.
     """
-    module = get_backend(backend, x.device)
-    groups = next(len(own.factors.pairs) for own in slices if own.factors is not None)
-    operands = [
-        make_operands(
-            x,
-            own.base,
-            own.factors or _untouched(groups),
-            rows,
-            bias=own.bias,
-            weight=own.weight,
-            pure=pure,
-            backend=backend,
-        )
-        for own in slices
-    ]
-    sizes = [own.out_features for own in slices]
-    if merge := getattr(module, "merge", None):
-        linear: Linear | None = merge(x, base, operands, sizes, same_input=same_input)
-        if linear is not None:
-            return linear
-    touched = [own.factors is not None for own in slices]
-    return _one_by_one(
-        base,
-        [
-            module.prepare(x, own) if is_touched else None
-            for own, is_touched in zip(operands, touched, strict=True)
-        ],
-        sizes,
-        [own.bias for own in slices],
-    )
+
+    def __init__(
+        self,
+        base: BaseProduct,
+        slices: Sequence[Slice],
+        *,
+        pure: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        groups = next(len(own.factors.pairs) for own in slices if own.factors is not None)
+        self.base, self.slices, self.backend = base, slices, backend
+        self.layers = [
+            Adapted(
+                own.base,
+                own.factors or _untouched(groups),
+                bias=own.bias,
+                weight=own.weight,
+                pure=pure,
+                backend=backend,
+            )
+            for own in slices
+        ]
+
+    def prepare(self, x: Tensor, rows: Sequence[int], *, same_input: bool = False) -> Linear:
+        """The layers for these rows, as a function of x: `[S, N, in]` to `[S, N, Σ out]`.
+
+        x:          S rows of N tokens.
+        same_input: whether each group has one b for all layers: its copies then go through the
+                    merged product. So they do where no group scales the input. Else each layer has
+                    its own.
+
+        Raises ShapeError where sizes do not fit, BackendError.
+        """
+        module = get_backend(self.backend, x.device)
+        operands = [layer.operands(x, rows) for layer in self.layers]
+        sizes = [own.out_features for own in self.slices]
+        if merge := getattr(module, "merge", None):
+            linear: Linear | None = merge(x, self.base, operands, sizes, same_input=same_input)
+            if linear is not None:
+                return linear
+        linears = [
+            None if own.factors is None else module.prepare(x, layer)
+            for own, layer in zip(self.slices, operands, strict=True)
+        ]
+        return _one_by_one(self.base, linears, sizes, [own.bias for own in self.slices])
 
 
 @lru_cache(maxsize=64)

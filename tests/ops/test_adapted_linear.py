@@ -218,7 +218,7 @@ def absolute(layer: Layer) -> Layer:
 def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forces a side: of the weight side every group that is scaled, at any size."""
     costs = WEIGHT_SIDE if request.param == "weight" else ACTIVATION_SIDE
-    monkeypatch.setattr(front_door, "Costs", lambda: costs)
+    monkeypatch.setattr(front_door, "DEFAULT_COSTS", costs)
     monkeypatch.setattr(front_door, "layer_costs", lambda *_, **__: costs)
     return request.param
 

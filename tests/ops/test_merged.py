@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flora.errors import ShapeError
 from flora.ops import adapted_linear as front_door
-from flora.ops.merged import Slice, prepare_merged
+from flora.ops.merged import Merged, Slice
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE
 from tests.ops.test_adapted_linear import Layer, assert_right, batch_factors, make_layer
 
@@ -58,8 +58,7 @@ def merged(
         return y if pure else y.detach()
 
     with torch.no_grad():
-        linear = prepare_merged(
-            layers[0].x,
+        whole = Merged(
             partial(product, torch.cat([layer.weight for layer in layers])),
             [
                 Slice(
@@ -71,11 +70,10 @@ def merged(
                 )
                 for layer in layers
             ],
-            layers[0].rows,
-            same_input=same_input,
             pure=pure,
             backend=backend,
         )
+        linear = whole.prepare(layers[0].x, layers[0].rows, same_input=same_input)
         first, second = linear(layers[0].x), linear(layers[0].x)
     if not torch.equal(first, second):
         raise AssertionError("a second step is another")
@@ -105,7 +103,7 @@ def test_merged_layers_are_what_each_is_alone(
 ):
     layers = make_layers(groups, rows, tokens=tokens, dtype=dtype, bias=bias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(front_door, "Costs", lambda: side)
+        patch.setattr(front_door, "DEFAULT_COSTS", side)
         patch.setattr(front_door, "layer_costs", lambda *_, **__: side)
         assert_each_right(merged(layers, backend, weight=weight, pure=pure), layers)
 
@@ -170,13 +168,6 @@ def test_which_products_are_taken(groups, same_input, expected):
             for number, layer in enumerate(layers)
         ]
         weight = torch.cat([layer.weight for layer in layers])
-        prepare_merged(
-            layers[0].x,
-            partial(product, "merged", weight),
-            slices,
-            [0, 1],
-            same_input=same_input,
-            pure=True,
-            backend="cpu",
-        )(layers[0].x)
+        whole = Merged(partial(product, "merged", weight), slices, pure=True, backend="cpu")
+        whole.prepare(layers[0].x, [0, 1], same_input=same_input)(layers[0].x)
     assert counts == expected

@@ -25,13 +25,13 @@ from vllm.model_executor.models import supports_multimodal
 from vllm.model_executor.utils import get_packed_modules_mapping
 
 from flora.bank import LayerSpec
-from flora.hosts.rows import Call, PreparedLayer
+from flora.hosts.rows import BatchAdapters, Call, PreparedLayer
 from flora.hosts.vllm.settings import Settings
 from flora.hosts.vllm.shards import Shard
 from flora.ops import Linear
-from flora.ops.adapted_linear import prepare
+from flora.ops.adapted_linear import Adapted
 from flora.ops.factors import BaseProduct
-from flora.ops.merged import Slice, prepare_merged
+from flora.ops.merged import Merged, Slice
 
 KEPT = "flora_kept"
 """The attribute under which a layer has what `keep` kept of it."""
@@ -170,46 +170,47 @@ class AdaptedLayer:
 
     def _prepare(self, x: Tensor, step: Step, bias: Tensor | None) -> Linear:
         """The layer as a function of x, for every x of this shape in this step."""
-        call = step.call
-        factors = [call.adapters.factors(part.name) for part in self.parts]
-        if all(own is None for own in factors):
+        adapters, units = step.call.adapters, step.call.units
+        if self.name not in adapters.kept:
+            adapters.kept[self.name] = self._with(adapters, bias)
+        layer: Adapted | Merged | None = adapters.kept[self.name]
+        if layer is None:
             return lambda x: self.apply(self.layer, x, bias)
         tokens = x.numel() // x.shape[-1]
-        units = (*call.units, *[0] * (tokens - len(call.units)))  # what pads a step has no adapter
+        units = (*units, *[0] * (tokens - len(units)))  # what pads a step has no adapter
         x_SI = x.reshape(tokens, 1, -1)
+        if isinstance(layer, Merged):
+            linear = layer.prepare(x_SI, units, same_input=self.name in step.same_input)
+        else:
+            linear = layer.prepare(x_SI, units)
+        inner, outer = x_SI.shape, (*x.shape[:-1], self.out_features)
+        return lambda x: linear(x.reshape(inner)).reshape(outer)
+
+    def _with(self, adapters: BatchAdapters, bias: Tensor | None) -> Adapted | Merged | None:
+        """The layer with these adapters; None where none of them touches it."""
+        factors = [adapters.factors(part.name) for part in self.parts]
+        if all(own is None for own in factors):
+            return None
         if len(self.parts) == 1 and factors[0] is not None:
-            linear = prepare(
-                x_SI,
+            return Adapted(
                 self.product,
                 factors[0],
-                units,
                 bias=bias,
                 weight=self.weight,
                 pure=True,
                 backend=self.backend,
             )
-        else:
-            slices = [
-                Slice(
-                    out_features=part.out_features,
-                    base=part.product,
-                    factors=own,
-                    bias=None if bias is None else bias[part.rows],
-                    weight=part.weight,
-                )
-                for part, own in zip(self.parts, factors, strict=True)
-            ]
-            linear = prepare_merged(
-                x_SI,
-                self.product,
-                slices,
-                units,
-                same_input=self.name in step.same_input,
-                pure=True,
-                backend=self.backend,
+        slices = [
+            Slice(
+                out_features=part.out_features,
+                base=part.product,
+                factors=own,
+                bias=None if bias is None else bias[part.rows],
+                weight=part.weight,
             )
-        inner, outer = x_SI.shape, (*x.shape[:-1], self.out_features)
-        return lambda x: linear(x.reshape(inner)).reshape(outer)
+            for part, own in zip(self.parts, factors, strict=True)
+        ]
+        return Merged(self.product, slices, pure=True, backend=self.backend)
 
 
 def keep(layer: nn.Module, pack: Callable[[nn.Module], None], *, weight: bool) -> None:
