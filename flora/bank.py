@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -37,20 +38,40 @@ class Resident:
     pinned: bool
 
 
-@dataclass(kw_only=True)
-class _Slot:
-    kind: str
-    layers: Mapping[str, "_Ranks"]
-    nbytes: int
-    pinned: bool
-    uses: int = 0
-
-
-@dataclass(frozen=True)
-class _Ranks:
+class _Ranks(NamedTuple):
     pairs: int
     rank: int
     biased: bool
+
+
+NEUTRAL = _Ranks(0, 0, False)
+
+
+class _Part(NamedTuple):
+    """Pages of one family, and for each tensor whether it has ones in all of them."""
+
+    tensors: tuple[Tensor, ...]
+    neutral: tuple[bool, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PagedAdapter:
+    """An adapter as a bank's pools take it: all that can be checked and made ready before."""
+
+    kind: str
+    identity: str
+    nbytes: int
+    ranks: Mapping[str, _Ranks]
+    parts: Mapping[str, Mapping[str, _Part]]
+
+
+@dataclass(kw_only=True)
+class _Slot:
+    kind: str
+    layers: Mapping[str, _Ranks]
+    nbytes: int
+    pinned: bool
+    uses: int = 0
 
 
 class AdapterBank:
@@ -75,7 +96,7 @@ class AdapterBank:
     def __contains__(self, identity: str) -> bool:
         return identity in self._slots
 
-    def load(self, adapter: Adapter, *, pinned: bool = False) -> None:
+    def load(self, adapter: Adapter | PagedAdapter, *, pinned: bool = False) -> None:
         """Make an adapter resident; one that is already is only marked as used now.
 
         Raises InvalidAdapterError where it does not fit the model, OutOfBudgetError where nothing
@@ -85,21 +106,36 @@ class AdapterBank:
             slot.pinned |= pinned
             self._slots.move_to_end(adapter.identity)
             return
-        nbytes = self._check(adapter)
-        self._make_room(nbytes)
+        paged = self.paged(adapter) if isinstance(adapter, Adapter) else adapter
+        self._make_room(paged.nbytes)
         try:
-            for module, factors in adapter.layers.items():
-                for name, tensors in _families(factors).items():
-                    self._pool(module, name).put(adapter.identity, tensors)
+            for module, parts in paged.parts.items():
+                for name, part in parts.items():
+                    self._pool(module, name).put(paged.identity, part)
         except BaseException:
-            self._free(adapter.identity)
+            self._free(paged.identity)
             raise
-        ranks = {
-            module: _Ranks(factors.pairs, factors.rank, factors.bias is not None)
-            for module, factors in adapter.layers.items()
+        self._slots[paged.identity] = _Slot(
+            kind=paged.kind, layers=paged.ranks, nbytes=paged.nbytes, pinned=pinned
+        )
+
+    def paged(self, adapter: Adapter) -> PagedAdapter:
+        """An adapter for this bank, which is not looked at: any thread may do it.
+
+        Raises InvalidAdapterError where it does not fit the model.
+        """
+        parts = {
+            module: self._parts_of(module, factors) for module, factors in adapter.layers.items()
         }
-        self._slots[adapter.identity] = _Slot(
-            kind=adapter.kind, layers=ranks, nbytes=nbytes, pinned=pinned
+        return PagedAdapter(
+            kind=adapter.kind,
+            identity=adapter.identity,
+            nbytes=sum(t.nbytes for own in parts.values() for p in own.values() for t in p.tensors),
+            ranks={
+                module: _Ranks(factors.pairs, factors.rank, factors.bias is not None)
+                for module, factors in adapter.layers.items()
+            },
+            parts=parts,
         )
 
     def pin(self, identity: str) -> None:
@@ -132,18 +168,18 @@ class AdapterBank:
         identities: of each group; None for a group without an adapter.
         None where no group touches the layer. Raises UnknownAdapterError.
         """
-        neutral = _Ranks(0, 0, False)
         ranks = [
-            neutral if i is None else self._slot(i).layers.get(module, neutral) for i in identities
+            NEUTRAL if i is None else self._slot(i).layers.get(module, NEUTRAL) for i in identities
         ]
-        if all(r == neutral for r in ranks):
+        if all(r == NEUTRAL for r in ranks):
             return None
         named = [identity for identity in identities if identity is not None]
         lent = {name: pool.lend(named) for name, pool in self._pools[module].items()}
+        pairs, additive, biased = zip(*ranks, strict=True)
         return BatchFactors(
-            pairs=tuple(r.pairs for r in ranks),
-            ranks=tuple(r.rank for r in ranks),
-            biased=tuple(r.biased for r in ranks),
+            pairs=pairs,
+            ranks=additive,
+            biased=biased,
             **{name: pages for name, pages in lent.items() if pages is not None},
         )
 
@@ -202,35 +238,33 @@ class AdapterBank:
         pools = self._pools.setdefault(module, {})
         if name not in pools:
             spec = self.layers[module]
-            sizes = {"in": spec.in_features, "out": spec.out_features}
-            dtype = spec.dtype
-            if name == "hadamard":
-                dtype = torch.promote_types(dtype, torch.float32)
-            pools[name] = _Pool([sizes[s] for s in WIDTHS[name]], dtype, spec.device)
+            pools[name] = _Pool(_widths(spec, name), _dtype(spec, name), spec.device)
         return pools[name]
 
-    def _check(self, adapter: Adapter) -> int:
-        """An adapter's bytes here. Raises InvalidAdapterError where it does not fit the model."""
-        nbytes = 0
-        for module, factors in adapter.layers.items():
-            spec = self.layers.get(module)
-            if spec is None:
-                raise InvalidAdapterError(f"{module}: the model has no such linear layer")
-            sizes = {"in": spec.in_features, "out": spec.out_features}
-            for name, tensors in _families(factors).items():
-                found = [tensor.shape[1] for tensor in tensors]
-                expected = [sizes[s] for s in WIDTHS[name]]
-                if found != expected:
+    def _parts_of(self, module: str, factors: LayerFactors) -> dict[str, _Part]:
+        """One layer's. Raises InvalidAdapterError where they do not fit the model."""
+        spec = self.layers.get(module)
+        if spec is None:
+            raise InvalidAdapterError(f"{module}: the model has no such linear layer")
+        parts = {}
+        for name, tensors in _families(factors).items():
+            found, expected = [t.shape[1] for t in tensors], _widths(spec, name)
+            if found != expected:
+                raise InvalidAdapterError(
+                    f"{module} {name}: found widths {found}, expected {expected}"
+                )
+            dtype = _dtype(spec, name)
+            for tensor in tensors:
+                if tensor.dtype != dtype and tensor.abs().max() > torch.finfo(dtype).max:
+                    kind = str(dtype).removeprefix("torch.")
                     raise InvalidAdapterError(
-                        f"{module} {name}: found widths {found}, expected {expected}"
+                        f"{module} {name}: {float(tensor.abs().max()):g} is beyond {kind}"
                     )
-                pool = self._pool(module, name)
-                largest = max(float(tensor.abs().max()) for tensor in tensors)
-                if largest > torch.finfo(pool.dtype).max:
-                    kind = str(pool.dtype).removeprefix("torch.")
-                    raise InvalidAdapterError(f"{module} {name}: {largest:g} is beyond {kind}")
-                nbytes += pool.page_bytes * tensors[0].shape[0]
-        return nbytes
+            parts[name] = _Part(
+                tuple(tensor.detach().to(spec.device, dtype) for tensor in tensors),
+                tuple(bool((tensor == 1).all()) for tensor in tensors),
+            )
+        return parts
 
     def _make_room(self, nbytes: int) -> None:
         if self.budget is None:
@@ -262,9 +296,11 @@ class AdapterBank:
 
 @dataclass(frozen=True)
 class _Span:
-    """An adapter's pages in a pool, and for each tensor whether it has ones in all of them."""
+    """An adapter's pages in a pool, also as a tensor, and for each of the pool's tensors whether it
+    has ones in all of them."""
 
     pages: list[int]
+    index: Tensor
     neutral: tuple[bool, ...]
 
 
@@ -291,17 +327,16 @@ class _Pool:
     def nbytes(self) -> int:
         return self.capacity * self.page_bytes
 
-    def put(self, identity: str, tensors: Sequence[Tensor]) -> None:
-        count = tensors[0].shape[0]
+    def put(self, identity: str, part: _Part) -> None:
+        count = len(part.tensors[0])
         if not self._lent:
             self.free, self.left = self.left + self.free, []
         if count > len(self.free):
             self.resize(count)
-        neutral = tuple(bool((tensor == 1).all()) for tensor in tensors)
-        pages = [self.free.pop() for _ in range(count)]
-        self.held[identity] = _Span(pages, neutral)
-        for pool, tensor in zip(self.tensors, tensors, strict=True):
-            pool[pages] = tensor.detach().to(pool.device, pool.dtype)
+        span = self._span([self.free.pop() for _ in range(count)], part.neutral)
+        self.held[identity] = span
+        for pool, tensor in zip(self.tensors, part.tensors, strict=True):
+            pool[span.index] = tensor
 
     def drop(self, identity: str) -> None:
         if span := self.held.pop(identity, None):
@@ -314,11 +349,7 @@ class _Pool:
         spans = [span for identity in identities if (span := self.held.get(identity))]
         if not spans:
             return None
-        index = torch.tensor(
-            [page for span in spans for page in span.pages],
-            dtype=torch.int32,
-            device=self.tensors[0].device,
-        )
+        index = torch.cat([span.index for span in spans])
         neutral = tuple(map(all, zip(*(span.neutral for span in spans), strict=True)))
         self._lent.add(pages := Pages(self.tensors, index, neutral))
         return pages
@@ -335,12 +366,16 @@ class _Pool:
         self.tensors = tuple(grown)  # all or none: memory may run out on the way
         moved = iter(range(len(held)))
         self.held = {
-            identity: _Span([next(moved) for _ in span.pages], span.neutral)
+            identity: self._span([next(moved) for _ in span.pages], span.neutral)
             for identity, span in self.held.items()
         }
         # From the back, so that pages are given in order.
         self.free, self.left = list(reversed(range(len(held), capacity))), []
         self._lent = WeakSet()  # what was lent lies in the old tensors
+
+    def _span(self, pages: list[int], neutral: tuple[bool, ...]) -> _Span:
+        index = torch.tensor(pages, dtype=torch.int32, device=self.tensors[0].device)
+        return _Span(pages, index, neutral)
 
 
 FAMILIES = {
@@ -351,6 +386,16 @@ FAMILIES = {
 """The parts whose pages belong together, by their names in `BatchFactors`."""
 
 WIDTHS = {"hadamard": ("in", "out"), "low_rank": ("in", "out"), "biases": ("out",)}
+
+
+def _widths(spec: LayerSpec, name: str) -> list[int]:
+    sizes = {"in": spec.in_features, "out": spec.out_features}
+    return [sizes[side] for side in WIDTHS[name]]
+
+
+def _dtype(spec: LayerSpec, name: str) -> torch.dtype:
+    """Hadamard pages are kept in at least fp32."""
+    return torch.promote_types(spec.dtype, torch.float32) if name == "hadamard" else spec.dtype
 
 
 def _families(factors: LayerFactors) -> dict[str, list[Tensor]]:

@@ -13,15 +13,15 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 
 from flora import errors
-from flora.errors import FloraError, InvalidAdapterError, OutOfBudgetError, UsageError
+from flora.errors import FloraError, OutOfBudgetError, UsageError
 from flora.hosts.vllm.requests import snapshots
 
 STATUS = {
     UsageError: HTTPStatus.NOT_FOUND,
-    InvalidAdapterError: HTTPStatus.BAD_REQUEST,
     OutOfBudgetError: HTTPStatus.SERVICE_UNAVAILABLE,
+    FloraError: HTTPStatus.BAD_REQUEST,
 }
-"""What a client is told when its adapter is refused."""
+"""What a client is told when its adapter is refused; the first that an error is."""
 
 GRACE_SECONDS = 60.0
 """So long an adapter's copy outlives its name, for a request that was on its way."""

@@ -3,7 +3,9 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +15,26 @@ from vllm.lora.request import LoRARequest
 
 from flora.adapters.checkpoint import read_checkpoint
 from flora.adapters.core import Adapter, LayerFactors
-from flora.bank import AdapterBank
-from flora.errors import FloraError, UsageError
+from flora.bank import AdapterBank, PagedAdapter
+from flora.errors import FloraError, OutOfBudgetError, UsageError
 from flora.hosts.rows import BatchAdapters, Call
 from flora.hosts.vllm.base import VllmBase
 from flora.hosts.vllm.layers import AdaptedLayer, Current, Step, adapt
+from flora.hosts.vllm.reader import Reader
 from flora.hosts.vllm.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """An adapter as it was read.
+
+    same_input: the merged layers whose input it scales as one.
+    """
+
+    adapter: PagedAdapter
+    same_input: frozenset[str]
+
 
 KEPT_STEPS = 16
 """Of so many mixes of adapters a worker keeps what it prepared; a mix comes back at each step."""
@@ -45,6 +59,9 @@ class AdapterManager:
         self.current = Current()
         self._shared: dict[str, frozenset[str]] = {}
         self._requests: dict[int, LoRARequest] = {}
+        self._sizes: dict[int, int] = {}
+        self._pinned: set[int] = set()
+        self._reader = Reader(self._read)
         self._identities: dict[int, str] = {}
         self._held: set[str] = set()
         self._roster: BatchAdapters | None = None
@@ -62,10 +79,17 @@ class AdapterManager:
         self.bank = AdapterBank(self.base.specs, self.settings.adapter_bytes)
         return model
 
+    @property
+    def reads_aside(self) -> bool:
+        """Whether adapters may be read while a step runs: all that they ask of W0 is in memory."""
+        readable = all(part.weight is not None for part in self.base.parts.values())
+        return readable and not self.base.is_sharded
+
     def supports_tower_connector_lora(self) -> bool:
         return False
 
     def list_adapters(self) -> set[int]:
+        """Those that are resident."""
         return set(self._identities)
 
     def add_adapter(self, request: LoRARequest) -> bool:
@@ -77,13 +101,33 @@ class AdapterManager:
         number = request.lora_int_id
         if number in self._identities and not request.load_inplace:
             return False
-        try:
-            adapter = read_checkpoint(request.lora_path, self.base).adapter(self.base)
-            self._load(number, self.base.shard(adapter))
-        except FloraError as error:
-            raise type(error)(f"{type(error).__name__}: {error}") from error
-        self._requests[number] = request
+        loaded = self._reader.take(request) if self.reads_aside else self._read(request)
+        self._know(request, loaded)
+        self._load(number, loaded)
         return True
+
+    def check_adapter(self, request: LoRARequest) -> Future[bool]:
+        """Have an adapter read; the first step that uses it makes it resident. Raises, in the
+        future, what `add_adapter` does."""
+        known: Future[bool] = Future()
+        if request.lora_int_id in self._requests:
+            known.set_result(False)
+            return known
+
+        def know(read: Future[Loaded]) -> None:
+            try:
+                self._know(request, read.result())
+            except Exception as error:
+                known.set_exception(error)
+            else:
+                known.set_result(True)
+
+        self._reader.start(request).add_done_callback(know)
+        return known
+
+    def is_ready(self, request: LoRARequest) -> bool:
+        """Whether a step with this adapter would not wait for it; if not, it is being read."""
+        return request.lora_int_id in self._identities or self._reader.start(request).done()
 
     def remove_adapter(self, number: int) -> bool:
         """Forget an adapter, at once; a step that runs goes on with what it was lent."""
@@ -93,18 +137,22 @@ class AdapterManager:
                 self._held.remove(identity)
                 self.bank.release(identity)
             self.bank.unload(identity)
-        self._requests.pop(number, None)
-        return identity is not None
+        self._sizes.pop(number, None)
+        self._pinned.discard(number)
+        return self._requests.pop(number, None) is not None
 
     def remove_all_adapters(self) -> None:
-        for number in self.list_adapters():
+        for number in list(self._requests):
             self.remove_adapter(number)
         self.current.step = None
 
     def pin_adapter(self, number: int) -> bool:
-        """Keep an adapter resident until it is removed. Raises UsageError where it is not."""
-        if number not in self._identities:
+        """Keep an adapter resident until it is removed. Raises UsageError for one not known."""
+        if number not in self._requests:
             raise UsageError(f"adapter {number} is not loaded; load it before it is pinned")
+        self._check_budget({}, self._pinned | {number})
+        self.add_adapter(self._requests[number])
+        self._pinned.add(number)
         self.bank.pin(self._identities[number])
         return True
 
@@ -145,21 +193,20 @@ class AdapterManager:
         return Step(Call(roster, len(units), 1, units), shared)
 
     def _roster_with(self, identities: set[str]) -> BatchAdapters:
-        """The adapters of late steps, these among them: what layers have of them stays the same.
+        """These adapters, and others that late steps used: what layers have of them stays the same.
 
         Else each request that comes or goes would have all layers ask the bank anew.
         """
-        known = () if self._roster is None else self._roster.names
-        if self._roster is None or identities - {*known}:
-            old = [name for name in known if name and name not in identities]
+        if self._roster is None or identities - {*self._roster.names}:
             self._disband()
-            names = (None, *old[-self.slots :], *sorted(identities))
+            others = [r.identity for r in self.bank.residents if r.identity not in identities]
+            names = (None, *others[-self.slots :], *sorted(identities))
             self._roster = BatchAdapters(names, self.bank.factors)
         return self._roster
 
     def _disband(self) -> None:
         """Forget what was prepared of the roster, and so give its pages back to the bank."""
-        self._roster = None
+        self._roster = self.current.step = None
         self._steps.clear()
 
     def _hold(self, identities: set[str]) -> None:
@@ -170,7 +217,38 @@ class AdapterManager:
             self.bank.release(identity)
         self._held = identities
 
-    def _load(self, number: int, adapter: Adapter) -> None:
+    def _read(self, request: LoRARequest) -> Loaded:
+        try:
+            adapter = read_checkpoint(request.lora_path, self.base).adapter(self.base)
+            adapter = self.base.shard(adapter)
+            return Loaded(self.bank.paged(adapter), _same_input(adapter, self.layers))
+        except FloraError as error:
+            raise _named(error) from error
+
+    def _know(self, request: LoRARequest, loaded: Loaded) -> None:
+        """Take an adapter up among those that a step may ask for. Raises OutOfBudgetError."""
+        self._check_budget({request.lora_int_id: loaded.adapter.nbytes}, self._pinned)
+        self._sizes[request.lora_int_id] = loaded.adapter.nbytes
+        self._requests[request.lora_int_id] = request
+
+    def _check_budget(self, more: dict[int, int], pinned: set[int]) -> None:
+        """Raise OutOfBudgetError unless the pinned adapters and a batch of the largest others fit:
+        no step may find that there is no room."""
+        budget, sizes = self.bank.budget, self._sizes.copy() | more
+        if budget is None:
+            return
+        kept = sum(sizes.pop(number, 0) for number in pinned)
+        largest = sum(sorted(sizes.values())[-self.slots :])
+        if kept + largest > budget:
+            raise _named(
+                OutOfBudgetError(
+                    f"a batch of the {min(self.slots, len(sizes))} largest adapters would take "
+                    f"{largest} bytes, those that are pinned {kept}, and adapter_bytes is {budget}"
+                )
+            )
+
+    def _load(self, number: int, loaded: Loaded) -> None:
+        adapter = loaded.adapter
         if adapter.identity not in self.bank:
             self._disband()  # the bank's pools may move, and what was lent would keep the old ones
             idle = (r.identity for r in self.bank.residents if not (r.uses or r.pinned))
@@ -179,7 +257,7 @@ class AdapterManager:
         self.bank.load(adapter)
         self._forget(number)
         self._identities[number] = adapter.identity
-        self._shared[adapter.identity] = _same_input(adapter, self.layers)
+        self._shared[adapter.identity] = loaded.same_input
         for other in [n for n, i in self._identities.items() if i not in self.bank]:
             self._forget(other)  # to make room
 
@@ -205,8 +283,15 @@ class AdapterManager:
         """An adapter that touches nothing: no shape depends on adapters."""
         if request.lora_int_id in self._identities:
             return False
-        self._load(request.lora_int_id, Adapter(kind="base", identity=request.lora_name, layers={}))
+        nothing = Adapter(kind="base", identity=request.lora_name, layers={})
+        self._requests[request.lora_int_id] = request
+        self._load(request.lora_int_id, Loaded(self.bank.paged(nothing), frozenset()))
         return True
+
+
+def _named(error: FloraError) -> FloraError:
+    """With its name in front, which is all that reaches another process."""
+    return type(error)(f"{type(error).__name__}: {error}")
 
 
 def _same_input(adapter: Adapter, layers: Iterable[AdaptedLayer]) -> frozenset[str]:

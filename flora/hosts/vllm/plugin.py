@@ -19,6 +19,7 @@ def register() -> None:
     check_installed()
     from vllm.v1.worker import lora_model_runner_mixin
 
+    from flora.hosts.vllm.core import patch_engine_core
     from flora.hosts.vllm.frontend import (
         patch_async_llm,
         patch_llm_engine,
@@ -31,6 +32,7 @@ def register() -> None:
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = AdapterManager
     _configure()
     _keep_weights()
+    patch_engine_core()
     patch_llm_engine()
     patch_async_llm()
     patch_serving_models()

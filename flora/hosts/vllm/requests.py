@@ -7,8 +7,10 @@ and path say the same thing in each process, and never anything else.
 """
 
 import atexit
+import fcntl
 import os
 import shutil
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -34,6 +36,9 @@ class Snapshots:
         self._identities: dict[tuple[Path, Stamp, Stamp], str] = {}
         self._lock = Lock()
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+        if sys.platform == "linux":
+            # systemd deletes old files from its temporary folders, but nothing that is locked.
+            fcntl.flock(os.open(self.folder, os.O_RDONLY), fcntl.LOCK_SH)
 
     def take(self, request: LoRARequest) -> LoRARequest:
         """The request for what its folder holds now; one that was taken is the same again.

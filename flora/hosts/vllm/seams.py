@@ -71,17 +71,19 @@ _SHARDED = "what a rank has, and what all have together"
 _SIZES = "self.output_partition_sizes; self.input_size_per_partition; self.bias"
 
 _ASYNC_LLM = "v1/engine/async_llm.py"
+_CORE = "v1/engine/core.py"
 _LINEAR = "model_executor/layers/linear.py"
 _LLM_ENGINE = "v1/engine/llm_engine.py"
 _MIXIN = "v1/worker/lora_model_runner_mixin.py"
 _MODELS = "entrypoints/openai/models/serving.py"
+_SCHEDULER = "v1/core/sched/scheduler.py"
 _UTILS = "model_executor/layers/utils.py"
 
 SEAMS = (
     # plugin.py: how vLLM comes to it
     Seam("plugins/__init__.py", "", "_ = 'vllm.general_plugins'", "the entry point's group"),
     Seam("engine/arg_utils.py", "EngineArgs.__post_init__", "load_general_plugins()", _LOADED),
-    Seam("v1/engine/core.py", "EngineCore.__init__", "load_general_plugins()", _LOADED),
+    Seam(_CORE, "EngineCore.__init__", "load_general_plugins()", _LOADED),
     Seam(
         "v1/worker/worker_base.py",
         "WorkerWrapperBase.init_worker",
@@ -320,6 +322,58 @@ SEAMS = (
         "lora_request.lora_path",
         "the prefix cache goes by the path, which says the content",
     ),
+    # core.py: the engine's loop
+    Seam(
+        _CORE,
+        "EngineCore.__init__",
+        "self.vllm_config; self.model_executor; self.scheduler",
+        "read once it is made",
+    ),
+    Seam(_CORE, "EngineCore", "def add_lora(self, lora_request)", _REPLACED),
+    Seam(_CORE, "", "class EngineCoreProc(EngineCore)", _REPLACED),
+    Seam(_CORE, "EngineCoreProc", "def add_lora(self, *_)", "inherited", among=()),
+    Seam(
+        _CORE,
+        "EngineCoreProc._invoke_utility_method",
+        "isinstance(result, Future)",
+        "answered once it is done",
+    ),
+    Seam(
+        _SCHEDULER,
+        "Scheduler",
+        "def _handle_blocked_waiting_request(self, request)",
+        "replaced in an engine's own",
+    ),
+    Seam(
+        _SCHEDULER,
+        "Scheduler.schedule",
+        "ready_to_schedule = self._handle_blocked_waiting_request(request)",
+        "a request whose adapter is being read is left out of the step",
+    ),
+    Seam(
+        "v1/executor/uniproc_executor.py",
+        "UniProcExecutor._init_executor",
+        "self.driver_worker = WorkerWrapperBase(**_)",
+        "the engine's own worker",
+    ),
+    Seam(
+        "v1/worker/worker_base.py",
+        "WorkerWrapperBase.init_worker",
+        "self.worker = worker_class(**_)",
+        "the engine's own worker",
+    ),
+    Seam(
+        "v1/worker/gpu_worker.py",
+        "Worker",
+        "self.model_runner",
+        "the engine's own worker",
+    ),
+    Seam(
+        "v1/worker/cpu_worker.py",
+        "CPUWorker",
+        "self.model_runner",
+        "the engine's own worker",
+    ),
     # frontend.py: the engines
     Seam(_LLM_ENGINE, "LLMEngine", f"def {_ADD}", _REPLACED),
     Seam(_LLM_ENGINE, "LLMEngine", "def add_lora(self, lora_request)", _REPLACED),
@@ -353,7 +407,7 @@ SEAMS = (
         "the requests that run",
     ),
     Seam(
-        "v1/engine/core.py",
+        _CORE,
         "EngineCoreProc._invoke_utility_method",
         "str(e)",
         "an error's text comes back from another process",

@@ -1,5 +1,6 @@
 """A real server with the plugin, asked by the openai client as its users ask it."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from tests.tiny import save_tiny_model
 
 NAMES = ("flora3", "lora", "ia3", "dora")
 NEW_TOKENS = 8
+ADAPTER_BYTES = 1_000_000
 START_SECONDS = 240
 
 
@@ -42,6 +45,8 @@ class Server:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         options = ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "16"]
+        settings = {"flora": {"adapter_bytes": ADAPTER_BYTES}}
+        options += ["--additional-config", json.dumps(settings)]
         options += ["--enable-lora", "--enforce-eager", "--served-model-name", "tiny"]
         modules = [f"{name}={folder / name}" for name in NAMES]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -157,9 +162,21 @@ def test_a_bad_adapter_is_a_4xx_and_the_server_goes_on(server, tmp_path):
     assert server.complete("lora", "ab") == server.text("lora", "ab")
 
 
+def test_an_adapter_with_which_a_batch_would_not_fit_is_a_503(server, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=512, target_modules=["up_proj", "down_proj"])
+    get_peft_model(deepcopy(server.base), config).save_pretrained(tmp_path)
+    answer = server.load("large", tmp_path)
+    assert answer.status_code == 503
+    assert f"adapter_bytes is {ADAPTER_BYTES}" in answer.json()["error"]["message"]
+    assert server.complete("lora", "ab") == server.text("lora", "ab")
+
+
 def test_a_name_with_new_weights_never_meets_old_state(server, tmp_path):
     """Loaded anew while others ask: each answer is that of weights that had the name then."""
     prompt = "A prompt that is long enough to be kept in the cache of prefixes: ab"
+    server.complete("flora3", prompt)
     folder, before = tmp_path / "changing", server.resident()
 
     def change(name: str) -> None:

@@ -1,0 +1,52 @@
+"""Adapters are read beside the engine's steps, in a thread of its own.
+
+So no request waits for another's; what is left for the loop is to copy pages into the bank.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+T = TypeVar("T")
+
+KEPT_READ = 16
+"""So many adapters that were read wait for their first step; of more the oldest is read again."""
+
+
+class Reader(Generic[T]):
+    """Reads adapters by their number, each once until it is taken.
+
+    read: from a request to what the bank takes; called in another thread.
+    """
+
+    def __init__(self, read: Callable[["LoRARequest"], T]) -> None:
+        self._read = read
+        self._thread = ThreadPoolExecutor(1, "flora-reader", initializer=_leave_the_engines_core)
+        self._coming: OrderedDict[int, Future[T]] = OrderedDict()
+
+    def start(self, request: "LoRARequest") -> Future[T]:
+        """Have an adapter read, if it is not already."""
+        number = request.lora_int_id
+        if number not in self._coming:
+            self._coming[number] = self._thread.submit(self._read, request)
+            done = [n for n, future in self._coming.items() if future.done()]
+            for old in done[: len(self._coming) - KEPT_READ]:
+                del self._coming[old]
+        return self._coming[number]
+
+    def take(self, request: "LoRARequest") -> T:
+        """What was read, waited for, and not kept any longer. Raises what reading raised."""
+        future = self.start(request)
+        del self._coming[request.lora_int_id]
+        return future.result()
+
+
+def _leave_the_engines_core() -> None:
+    """vLLM binds the thread that computes to one core, and what that starts inherits it."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
