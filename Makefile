@@ -15,8 +15,9 @@ demo: $(VENV)/base
 # What it takes to serve, on a CPU.
 vllm: $(VENV)/vllm
 
+# Tests compute in one thread each, so several run side by side; a module's share what it made.
 test: $(VENV)/dev
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadscope $(ARGS)
 
 test-slow: $(VENV)/dev
 	$(BIN)/pytest -m slow $(ARGS)
