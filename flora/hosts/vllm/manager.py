@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.request import LoRARequest
 
 from flora.adapters.checkpoint import read_checkpoint
@@ -17,7 +17,9 @@ from flora.bank import AdapterBank
 from flora.errors import FloraError, UsageError
 from flora.hosts.rows import BatchAdapters, Call
 from flora.hosts.vllm.base import VllmBase
-from flora.hosts.vllm.layers import AdaptedLayer, Current, Step, adapt
+from flora.hosts.vllm.encoder import Items
+from flora.hosts.vllm.layers import AdaptedLayer, Current, Step
+from flora.hosts.vllm.model import adapt
 from flora.hosts.vllm.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ class AdapterManager:
         self.settings = Settings.of(vllm_config)
         self.capacity: int = vllm_config.lora_config.max_cpu_loras
         self.slots: int = vllm_config.lora_config.max_loras
-        self.current = Current()
+        self.has_encoder: bool = vllm_config.model_config.is_encoder_decoder
+        self.current, self.items = Current(), Items()
         self._shared: dict[str, frozenset[str]] = {}
         self._requests: dict[int, LoRARequest] = {}
         self._identities: dict[int, str] = {}
@@ -56,14 +59,15 @@ class AdapterManager:
 
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:
         """Put the adapters around the model's layers; it stays the same model."""
-        self.layers = adapt(model, self.current, vllm_config)
+        self.layers = adapt(model, self.current, self.items, vllm_config)
         self.base = VllmBase(self.layers)
         self.base.measure_costs(self.settings.backend)
         self.bank = AdapterBank(self.base.specs, self.settings.adapter_bytes)
         return model
 
     def supports_tower_connector_lora(self) -> bool:
-        return False
+        """Whether vLLM is to say the adapter of each item that an encoder takes."""
+        return self.has_encoder
 
     def list_adapters(self) -> set[int]:
         return set(self._identities)
@@ -99,7 +103,7 @@ class AdapterManager:
     def remove_all_adapters(self) -> None:
         for number in self.list_adapters():
             self.remove_adapter(number)
-        self.current.step = None
+        self.current.step = self.items.step = None
 
     def pin_adapter(self, number: int) -> bool:
         """Keep an adapter resident until it is removed. Raises UsageError where it is not."""
@@ -113,6 +117,8 @@ class AdapterManager:
     ) -> None:
         """Which adapters the next step uses, and for which of its tokens.
 
+        An encoder's items come after the tokens of their step, whose adapters hold theirs.
+
         requests: the adapters that run; of two with one name vLLM may leave one out, which then was
                   added before.
         """
@@ -121,17 +127,24 @@ class AdapterManager:
         if mapping is None:
             return
         numbers = mapping.index_mapping
+        if mapping.type is LoRAMappingType.TOWER:
+            self.items.step = self._step(numbers)
+            return
         used = set(numbers) - {0}
         self._hold({self._identities[n] for n in used if n in self._identities})
         for number in used - self._identities.keys():
             self.add_adapter(self._requests[number])
             self._hold(self._held | {self._identities[number]})
+        self.current.step, self.items.step = self._step(numbers), None
+
+    def _step(self, numbers: tuple[int, ...]) -> Step | None:
+        """The step of units with these adapters, which are resident."""
         if numbers not in self._steps:
             self._steps[numbers] = self._make_step(numbers)
             if len(self._steps) > KEPT_STEPS:
                 self._steps.popitem(last=False)
         self._steps.move_to_end(numbers)
-        self.current.step = self._steps[numbers]
+        return self._steps[numbers]
 
     def _make_step(self, numbers: tuple[int, ...]) -> Step | None:
         identities = {n: self._identities[n] for n in set(numbers) if n}
