@@ -1,6 +1,8 @@
 """A tiny random Whisper's folder as a server takes it, and what models of its adapters' own say."""
 
+import io
 import string
+import wave
 from pathlib import Path
 
 import torch
@@ -9,6 +11,8 @@ from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperToken
 
 from tests import zoo
 from tests.hosts.vllm.engine import SAMPLES
+
+LOUDEST = 2**15 - 1
 
 SPECIAL = ("startoftranscript", "en", "transcribe", "translate", "prev", "notimestamps")
 PROMPT = "<|startoftranscript|><|en|><|transcribe|><|notimestamps|>"
@@ -66,8 +70,20 @@ def sound(seed: int, samples: int = SAMPLES) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     time = torch.arange(samples) / SAMPLES
     tones = torch.rand(4, 2, generator=generator) * torch.tensor([[3000.0, 0.2]])
-    wave = sum(size * torch.sin(2 * torch.pi * pitch * time) for pitch, size in tones)
-    return wave + 0.02 * torch.randn(samples, generator=generator)
+    waves = [size * torch.sin(2 * torch.pi * pitch * time) for pitch, size in tones]
+    mixed = sum(waves) + 0.02 * torch.randn(samples, generator=generator)
+    return (LOUDEST * mixed.clamp(-1, 1)).round() / (LOUDEST + 1)  # as 16 bits hold it
+
+
+def as_wav(audio: Tensor) -> bytes:
+    """A file of audio, which loses nothing of it."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as written:
+        written.setnchannels(1)
+        written.setsampwidth(2)
+        written.setframerate(SAMPLES)
+        written.writeframes((audio * (LOUDEST + 1)).short().numpy().astype("<i2").tobytes())
+    return file.getvalue()
 
 
 class Listener:

@@ -1,5 +1,8 @@
 """Whisper in a real vLLM engine: encoder and decoder of each row are those of its own adapter."""
 
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -7,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import WhisperTokenizer
 
+from flora.adapters.checkpoint import TENSORS_FILE
 from tests import zoo
 from tests.hosts.vllm.engine import NEW_TOKENS
-from tests.hosts.vllm.speech import Listener, save_tiny_whisper, sound
+from tests.hosts.vllm.server import Server
+from tests.hosts.vllm.speech import Listener, as_wav, save_tiny_whisper, sound
 from tests.hosts.vllm.test_engine import EAGER, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not")  # VeRA without its projections
@@ -32,6 +39,9 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """One of each kind, of all layers, and some of what only the audio comes through."""
 
+SERVED = ("flora3", "lora", "ia3", "dora", "encoder", "cross")
+BATCHES = ("--max-num-batched-tokens", "256")
+
 
 class Zoo:
     """A Whisper, an adapter of each kind, and what a model of each one's own transcribes."""
@@ -46,6 +56,7 @@ class Zoo:
             np.save(folder / f"{seed}.npy", audio.numpy())
         self.own = cache(self._own)
         self.answer = cache(self._answer)
+        self.tokenizer = WhisperTokenizer.from_pretrained(self.model)
 
     def _own(self, name: str | None) -> Listener:
         if name is None:
@@ -55,6 +66,12 @@ class Zoo:
 
     def _answer(self, name: str | None, seed: int) -> tuple[list[int], list[float]]:
         return self.own(name).transcribe(self.sounds[seed], PROMPT, NEW_TOKENS)
+
+    def text(self, name: str | None, seed: int) -> str:
+        """What a server answers: it ends at the end, and has no special tokens."""
+        end = self.base.config.eos_token_id
+        tokens, _ = self.own(name).transcribe(self.sounds[seed], PROMPT, NEW_TOKENS, end)
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def row(self, name: str | None, seed: int) -> list[Any]:
         prompt = {"audio": str(self.folder / f"{seed}.npy"), "tokens": PROMPT}
@@ -80,6 +97,7 @@ def batches() -> list[list[tuple[str | None, int]]]:
     [
         pytest.param(EAGER, id="eager"),
         pytest.param({}, id="compiled"),
+        pytest.param({**EAGER, "max_loras": 2, "max_cpu_loras": 3}, id="evicted"),
         pytest.param({**EAGER, "tensor_parallel_size": 2}, id="sharded"),
     ],
 )
@@ -91,6 +109,51 @@ def test_a_row_is_transcribed_as_by_a_model_of_its_own(own, tmp_path, options):
             right, expected = own.answer(*row)
             assert tokens == right, row
             assert np.allclose(scores, expected, atol=CLOSE), row
+
+
+def test_a_runner_with_another_order_is_refused_at_the_start(own, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(AssertionError, match=r"flora does not .* set VLLM_USE_V2_MODEL_RUNNER=0"):
+        run(tmp_path, own.model, [], **OPTIONS, **EAGER)
+
+
+@pytest.fixture(scope="module")
+def server(own: Zoo) -> Iterator[Server]:
+    pytest.importorskip("soundfile")
+    found = Server(own.folder, own.model, {name: own.folder / name for name in SERVED}, *BATCHES)
+    try:
+        found.wait()
+        yield found
+    finally:
+        found.stop()
+
+
+def test_a_request_is_transcribed_by_its_own_adapter(own, server):
+    rows = [(name, seed) for seed in range(SOUNDS) for name in (*SERVED, None)]
+
+    def transcribe(row: tuple[str | None, int]) -> str:
+        name, seed = row
+        with server.client() as client:
+            return client.audio.transcriptions.create(
+                model=name or "tiny",
+                file=("speech.wav", as_wav(own.sounds[seed])),
+                language="en",
+                temperature=0,
+                extra_body={"max_completion_tokens": NEW_TOKENS},
+            ).text
+
+    with ThreadPoolExecutor(len(rows)) as pool:
+        assert list(pool.map(transcribe, rows)) == [own.text(*row) for row in rows]
+
+
+def test_an_adapter_of_what_is_not_served_is_refused(own, server, tmp_path):
+    shutil.copytree(own.folder / "lora", tmp_path / "conv")
+    tensors = load_file(tmp_path / "conv" / TENSORS_FILE)
+    renamed = {name.replace("layers.0.fc1", "conv1"): t for name, t in tensors.items()}
+    save_file(renamed, tmp_path / "conv" / TENSORS_FILE)
+    answer = server.load("conv", tmp_path / "conv")
+    assert answer.status_code == 400
+    assert "encoder.conv1: the base model has no such linear layer" in answer.text
 
 
 def test_the_yardstick_tells_adapters_and_sounds_apart(own):
