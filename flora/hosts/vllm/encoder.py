@@ -29,10 +29,11 @@ class Items(Current):
 
         Raises ShapeError where x is not of all items of the step.
         """
-        outer = x.shape[:-1]
-        if outer[0] != len(units) if len(outer) > 1 else outer[0] % len(units):
-            raise ShapeError(f"a step of {len(units)} items, its encoder at {tuple(outer)}")
-        return units, x.reshape(len(units), -1, x.shape[-1])
+        count, outer = len(units), x.shape[:-1]
+        fits = outer[0] == count if len(outer) > 1 else outer[0] % count == 0
+        if not fits:
+            raise ShapeError(f"an encoder's layer at {tuple(outer)}, its step at {count} items")
+        return units, x.reshape(count, -1, x.shape[-1])
 
 
 def in_encoder(name: str) -> bool:
