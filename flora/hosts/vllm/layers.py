@@ -5,28 +5,17 @@ class of them comes through, sharded, merged or quantised.
 """
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    LinearBase,
-    ReplicatedLinear,
-    RowParallelLinear,
-    UnquantizedLinearMethod,
-)
-from vllm.model_executor.models import supports_multimodal
-from vllm.model_executor.utils import get_packed_modules_mapping
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from flora.bank import LayerSpec
 from flora.hosts.rows import BatchAdapters, Call, PreparedLayer
-from flora.hosts.vllm.settings import Settings
 from flora.hosts.vllm.shards import Shard
 from flora.ops import Linear
 from flora.ops.adapted_linear import Adapted
@@ -63,6 +52,11 @@ class Current:
     """The step that runs; None where none of its tokens uses an adapter."""
 
     step: Step | None = None
+
+    def split(self, x: Tensor, units: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
+        """The group of each unit, and x by units, `[units, columns, in]`: here each is a token."""
+        x_SI = x.reshape(-1, 1, x.shape[-1])
+        return (*units, *[0] * (len(x_SI) - len(units))), x_SI  # padding has no adapter
 
 
 class Part:
@@ -176,9 +170,7 @@ class AdaptedLayer:
         layer: Adapted | Merged | None = adapters.kept[self.name]
         if layer is None:
             return lambda x: self.apply(self.layer, x, bias)
-        tokens = x.numel() // x.shape[-1]
-        units = (*units, *[0] * (tokens - len(units)))  # what pads a step has no adapter
-        x_SI = x.reshape(tokens, 1, -1)
+        units, x_SI = self.current.split(x, units)
         if isinstance(layer, Merged):
             linear = layer.prepare(x_SI, units, same_input=self.name in step.same_input)
         else:
@@ -243,51 +235,11 @@ def _readable_weight(layer: LinearBase) -> Tensor | None:
     return weight if weight.ndim == 2 and weight.numel() else None
 
 
-FORWARDS = tuple(cls.forward for cls in (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear))
-"""What comes through the linear method; a class with a forward of its own may not."""
-
 SUFFIX = "flora"
 """What an adapted layer's name ends with among the layers that compiled code finds by name."""
 
 
-def adapt(model: Any, current: Current, vllm_config: VllmConfig) -> list[AdaptedLayer]:
-    """Put the operator around the linear layers of vLLM's model, and return them.
-
-    Some are left as they are, and no adapter fits them: whose class computes them in a way of its
-    own, whose bias is added elsewhere, whose tokens are not the language model's, or which a
-    checkpoint has whole where a rank has some of each part.
-    """
-    backend = Settings.of(vllm_config).backend
-    packed = get_packed_modules_mapping(model)
-    context = vllm_config.compilation_config.static_forward_context
-    prefixes: tuple[str, ...] = ("",)
-    if supports_multimodal(model) and hasattr(model, "get_mm_mapping"):
-        prefixes = tuple(model.get_mm_mapping().language_model)
-    encoder = "encoder" if vllm_config.model_config.is_encoder_decoder else None
-    layers = []
-    for name, module in model.named_modules():
-        if (
-            not isinstance(module, LinearBase)
-            or type(module).forward not in FORWARDS
-            or (module.skip_bias_add and module.bias is not None)
-            or not name.startswith(prefixes)
-            or encoder in name.split(".")
-        ):
-            continue
-        parent, _, own = name.rpartition(".")
-        names = [f"{parent}.{part}".lstrip(".") for part in packed.get(own, [own])]
-        if module.tp_size > 1 and len(names) < len(module.output_partition_sizes):
-            continue  # a checkpoint has as one what each rank has some of, part by part
-        layers.append(layer := AdaptedLayer(current, name, module, names, backend))
-        context[f"{name}.{SUFFIX}"] = layer
-        # A copy, as layers may have one method between them.
-        method: Any = copy(module.quant_method)
-        method.apply = _opaque(layer)
-        module.quant_method = method
-    return layers
-
-
-def _opaque(layer: AdaptedLayer) -> Callable[..., Tensor]:
+def opaque(layer: AdaptedLayer) -> Callable[..., Tensor]:
     """A method's `apply`: one operator that compiled code does not look into."""
     name, out_features = f"{layer.name}.{SUFFIX}", layer.out_features
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.request import LoRARequest
 
 from flora.adapters.checkpoint import read_checkpoint
@@ -19,7 +19,9 @@ from flora.bank import AdapterBank, PagedAdapter
 from flora.errors import FloraError, OutOfBudgetError, UsageError
 from flora.hosts.rows import BatchAdapters, Call
 from flora.hosts.vllm.base import VllmBase
-from flora.hosts.vllm.layers import AdaptedLayer, Current, Step, adapt
+from flora.hosts.vllm.encoder import Items
+from flora.hosts.vllm.layers import AdaptedLayer, Current, Step
+from flora.hosts.vllm.model import adapt
 from flora.hosts.vllm.reader import Reader
 from flora.hosts.vllm.settings import Settings
 
@@ -56,7 +58,8 @@ class AdapterManager:
         self.settings = Settings.of(vllm_config)
         self.capacity: int = vllm_config.lora_config.max_cpu_loras
         self.slots: int = vllm_config.lora_config.max_loras
-        self.current = Current()
+        self.has_encoder: bool = vllm_config.model_config.is_encoder_decoder
+        self.current, self.items = Current(), Items()
         self._shared: dict[str, frozenset[str]] = {}
         self._requests: dict[int, LoRARequest] = {}
         self._sizes: dict[int, int] = {}
@@ -73,7 +76,7 @@ class AdapterManager:
 
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:
         """Put the adapters around the model's layers; it stays the same model."""
-        self.layers = adapt(model, self.current, vllm_config)
+        self.layers = adapt(model, self.current, self.items, vllm_config)
         self.base = VllmBase(self.layers)
         self.base.measure_costs(self.settings.backend)
         self.bank = AdapterBank(self.base.specs, self.settings.adapter_bytes)
@@ -86,7 +89,8 @@ class AdapterManager:
         return readable and not self.base.is_sharded
 
     def supports_tower_connector_lora(self) -> bool:
-        return False
+        """Whether vLLM is to say the adapter of each item that an encoder takes."""
+        return self.has_encoder
 
     def list_adapters(self) -> set[int]:
         """Those that are resident."""
@@ -144,7 +148,7 @@ class AdapterManager:
     def remove_all_adapters(self) -> None:
         for number in list(self._requests):
             self.remove_adapter(number)
-        self.current.step = None
+        self.current.step = self.items.step = None
 
     def pin_adapter(self, number: int) -> bool:
         """Keep an adapter resident until it is removed. Raises UsageError for one not known."""
@@ -161,6 +165,8 @@ class AdapterManager:
     ) -> None:
         """Which adapters the next step uses, and for which of its tokens.
 
+        An encoder's items come after the tokens of their step, whose adapters hold theirs.
+
         requests: the adapters that run; of two with one name vLLM may leave one out, which then was
                   added before.
         """
@@ -169,17 +175,24 @@ class AdapterManager:
         if mapping is None:
             return
         numbers = mapping.index_mapping
+        if mapping.type is LoRAMappingType.TOWER:
+            self.items.step = self._step(numbers)
+            return
         used = set(numbers) - {0}
         self._hold({self._identities[n] for n in used if n in self._identities})
         for number in used - self._identities.keys():
             self.add_adapter(self._requests[number])
             self._hold(self._held | {self._identities[number]})
+        self.current.step, self.items.step = self._step(numbers), None
+
+    def _step(self, numbers: tuple[int, ...]) -> Step | None:
+        """The step of units with these adapters, which are resident."""
         if numbers not in self._steps:
             self._steps[numbers] = self._make_step(numbers)
             if len(self._steps) > KEPT_STEPS:
                 self._steps.popitem(last=False)
         self._steps.move_to_end(numbers)
-        self.current.step = self._steps[numbers]
+        return self._steps[numbers]
 
     def _make_step(self, numbers: tuple[int, ...]) -> Step | None:
         identities = {n: self._identities[n] for n in set(numbers) if n}
@@ -206,7 +219,7 @@ class AdapterManager:
 
     def _disband(self) -> None:
         """Forget what was prepared of the roster, and so give its pages back to the bank."""
-        self._roster = self.current.step = None
+        self._roster = self.current.step = self.items.step = None
         self._steps.clear()
 
     def _hold(self, identities: set[str]) -> None:

@@ -70,7 +70,11 @@ def _configure() -> None:
 
 def _refuse(vllm_config: Any) -> None:
     """Raise UsageError for what the plugin cannot serve adapters with."""
-    parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
+    parallel, lora, model = (
+        vllm_config.parallel_config,
+        vllm_config.lora_config,
+        vllm_config.model_config,
+    )
     wrong = {
         "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
         "--fully-sharded-loras": lora.fully_sharded_loras,
@@ -80,6 +84,12 @@ def _refuse(vllm_config: Any) -> None:
         raise UsageError(
             f"flora does not serve adapters with {', '.join(found)}; leave it out, or turn flora "
             f"off with VLLM_PLUGINS=''"
+        )
+    # It runs the encoder over the items in another order than that in which it says their adapters.
+    if model is not None and model.is_encoder_decoder and vllm_config.use_v2_model_runner:
+        raise UsageError(
+            "flora does not serve adapters of an encoder with vLLM's model runner V2; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0"
         )
 
 

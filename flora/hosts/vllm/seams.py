@@ -64,8 +64,11 @@ _ADDED = "add_request(_, _, _, lora_request=_, **_)"
 _BY_NAME = "gives the adapter by name"
 _CALLED = "what a worker calls on the manager"
 _CHECK = "@classmethod\ndef check_and_update_config(cls, vllm_config)"
+_ENCODER = "what takes items, and what takes what was made of them"
+_ITEMS = "tells the adapter of each item that an encoder takes, in its order"
 _LOADED = "each process loads the plugin"
 _MANAGED = "the manager has all that is called on it"
+_RENAMED = "a model's renames, which are undone"
 _REPLACED = "replaced"
 _SHARDED = "what a rank has, and what all have together"
 _SIZES = "self.output_partition_sizes; self.input_size_per_partition; self.bias"
@@ -76,8 +79,11 @@ _LINEAR = "model_executor/layers/linear.py"
 _LLM_ENGINE = "v1/engine/llm_engine.py"
 _MIXIN = "v1/worker/lora_model_runner_mixin.py"
 _MODELS = "entrypoints/openai/models/serving.py"
+_RUNNER = "v1/worker/gpu_model_runner.py"
 _SCHEDULER = "v1/core/sched/scheduler.py"
 _UTILS = "model_executor/layers/utils.py"
+_WEIGHTS = "model_executor/models/utils.py"
+_WHISPER = "model_executor/models/whisper.py"
 
 SEAMS = (
     # plugin.py: how vLLM comes to it
@@ -225,7 +231,7 @@ SEAMS = (
             Seam(_LINEAR, name, "def forward(self, *_)", "has its base's", among=()),
         )
     ),
-    # layers.py: the model
+    # model.py: the model
     Seam("model_executor/utils.py", "", "def get_packed_modules_mapping(model, *_)", "called"),
     Seam("model_executor/models/interfaces.py", "", "def supports_multimodal(model, *_)", "called"),
     Seam(
@@ -250,9 +256,75 @@ SEAMS = (
         "config/model.py",
         "ModelConfig",
         "@_\ndef is_encoder_decoder(self)",
-        "an encoder's layers are left alone",
+        "an encoder's layers take items",
     ),
-    # layers.py: how compiled code finds a layer by its name
+    # names.py: what layers are called in transformers
+    Seam(
+        "lora/worker_manager.py",
+        "WorkerLoRAManager._load_adapter",
+        "getattr(model, 'hf_to_vllm_mapper', None)",
+        _RENAMED,
+    ),
+    Seam(_WEIGHTS, "WeightsMapper", "def get_rename_mapper(self)", _RENAMED),
+    Seam(_WEIGHTS, "WeightsMapper", "def map_name(self, key)", _RENAMED),
+    Seam(
+        _WEIGHTS,
+        "WeightsMapper",
+        "orig_to_new_suffix: _; orig_to_new_prefix: _; orig_to_new_substr: _",
+        _RENAMED,
+    ),
+    # encoder.py: which requests' items it takes
+    *(
+        Seam(_RUNNER, f"GPUModelRunner.{place}", code, _ITEMS)
+        for place, code in (
+            ("_prepare_inputs", "self.set_active_loras(_, _, _)"),
+            ("_batch_mm_inputs_from_scheduler", "mm_lora_refs.append((req_id, _))"),
+            ("_execute_mm_encoder", "self.lora_manager.supports_tower_connector_lora()"),
+            (
+                "_execute_mm_encoder",
+                "self.model.get_mm_lora_token_counts(modality=_, mm_kwargs=_, num_mm_embeds=_)",
+            ),
+            ("_execute_mm_encoder", "token_lora_mapping.extend([lora_id] * tower_tokens)"),
+            (
+                "_execute_mm_encoder",
+                "LoRAMapping(tuple(token_lora_mapping), _, type=LoRAMappingType.TOWER, **_)",
+            ),
+            (
+                "_execute_mm_encoder",
+                "self.lora_manager.set_active_adapters(lora_requests, tower_mapping)",
+            ),
+            ("_execute_mm_encoder", "model.embed_multimodal(**mm_kwargs_batch)"),
+            ("_execute_mm_encoder", "encoder_outputs.extend(batch_outputs)"),
+            ("_preprocess", "model_kwargs.update({'encoder_outputs': encoder_outputs})"),
+        )
+    ),
+    Seam("lora/layers/utils.py", "LoRAMapping", "type: _", "tells items from tokens"),
+    Seam(
+        "config/vllm.py",
+        "VllmConfig",
+        "@_\ndef use_v2_model_runner(self)",
+        "its order of items is another",
+    ),
+    Seam(
+        "v1/core/encoder_cache_manager.py",
+        "EncoderDecoderCacheManager.check_and_update_cache",
+        "return False",
+        "what an encoder made of an item is never another request's, with another adapter",
+    ),
+    # encoder.py: Whisper
+    Seam(_WHISPER, "WhisperModel.__init__", "self.encoder", _ENCODER),
+    Seam(_WHISPER, "WhisperModel.forward", "torch.cat(encoder_outputs, dim=0)", _ENCODER),
+    Seam(
+        _WHISPER, "WhisperCrossAttention.forward", "self.kv_proj(encoder_hidden_states)", _ENCODER
+    ),
+    Seam(_WHISPER, "WhisperAttention.__init__", "CrossAttention(_, _, _, **_)", _ENCODER),
+    Seam(
+        "model_executor/layers/attention/__init__.py",
+        "",
+        "from _ import CrossAttention",
+        "imported from there",
+    ),
+    # model.py and layers.py: how compiled code finds a layer by its name
     Seam("config/compilation.py", "CompilationConfig", "static_forward_context: _", "written to"),
     Seam(
         "forward_context.py",
@@ -286,7 +358,7 @@ SEAMS = (
         )
     ),
     Seam(_MIXIN, "", "self.lora_manager._", _MANAGED, MANAGER),
-    Seam("v1/worker/gpu_model_runner.py", "", "self.lora_manager._", _MANAGED, MANAGER),
+    Seam(_RUNNER, "", "self.lora_manager._", _MANAGED, MANAGER),
     Seam("v1/worker/gpu/mm/lora.py", "", "lora_manager._", _MANAGED, MANAGER),
     Seam(
         _MIXIN,
@@ -301,7 +373,12 @@ SEAMS = (
         "self.index_mapping = tuple(self.index_mapping)",
         "a key",
     ),
-    Seam("lora/layers/__init__.py", "", "from _ import LoRAMapping", "imported from there"),
+    Seam(
+        "lora/layers/__init__.py",
+        "",
+        "from _ import LoRAMapping, LoRAMappingType",
+        "imported from there",
+    ),
     Seam(
         "v1/worker/gpu_input_batch.py",
         "InputBatch.add_request",

@@ -8,9 +8,11 @@ steps:   what is done, one after the other: `{"generate": [[adapter's folder or 
          or `{"call": name of the engine's method, "arguments": […]}`, where a folder stands for a
          request of it; `{"copy": [from, to]}` writes a folder anew.
 
-The result has for each step the tokens of each row, what the method returned, or the error as
-`{"error": [type, text]}`. A folder's name is its adapter's name, and its number the folder's place
-among those that were named first.
+A prompt is its tokens, or `{"audio": file of numpy's, "tokens": […]}` for Whisper.
+
+The result has for each step the tokens of each row, `[tokens, their log-probabilities]` where it is
+audio's, what the method returned, or the error as `{"error": [type, text]}`. A folder's name is its
+adapter's name, and its number the folder's place among those that were named first.
 """
 
 import json
@@ -20,7 +22,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 NEW_TOKENS = 12
+
+SAMPLES = 16_000
+"""Of audio, a second's."""
 
 
 def main(job_file: str, result_file: str) -> None:
@@ -28,14 +35,8 @@ def main(job_file: str, result_file: str) -> None:
     from vllm import LLM
 
     job = json.loads(Path(job_file).read_text())
-    llm = LLM(
-        job["model"],
-        dtype="float32",
-        skip_tokenizer_init=True,
-        disable_log_stats=True,
-        max_model_len=128,
-        **job["options"],
-    )
+    common = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 128}
+    llm = LLM(job["model"], disable_log_stats=True, **{**common, **job["options"]})
     numbers: dict[str, int] = {}
     results = []
     for step in job["steps"]:
@@ -70,12 +71,35 @@ def _do(llm: Any, step: Any, numbers: dict[str, int]) -> Any:
         return sorted(found) if isinstance(found, set) else found
     rows = step["generate"]
     outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for _, prompt in rows],
-        SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False),
+        [_prompt(prompt) for _, prompt in rows],
+        SamplingParams(
+            temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=0
+        ),
         lora_request=[request(folder) for folder, _ in rows],
         use_tqdm=False,
     )
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    return [
+        _answer(output.outputs[0], with_scores=isinstance(prompt, dict))
+        for output, (_, prompt) in zip(outputs, rows, strict=True)
+    ]
+
+
+def _prompt(prompt: Any) -> Any:
+    if not isinstance(prompt, dict):
+        return {"prompt_token_ids": prompt}
+    audio = np.load(prompt["audio"]), SAMPLES
+    return {
+        "encoder_prompt": {"prompt": "", "multi_modal_data": {"audio": audio}},
+        "decoder_prompt": {"prompt_token_ids": prompt["tokens"]},
+    }
+
+
+def _answer(output: Any, *, with_scores: bool) -> Any:
+    tokens = list(output.token_ids)
+    if not with_scores:
+        return tokens
+    scores = zip(tokens, output.logprobs, strict=True)
+    return tokens, [found[token].logprob for token, found in scores]
 
 
 if __name__ == "__main__":

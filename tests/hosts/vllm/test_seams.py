@@ -100,6 +100,8 @@ def test_without_a_file_all_its_seams_are_missing(root, tmp_path):
         ("f(_, b=_)", "f(1, b=2, c=3)", False),
         ("f(_, b=_, **_)", "f(1, c=3, b=2)", True),
         ("f(_, b=_, **_)", "f(1, 2)", False),
+        ("return False", "def f(): return False", True),
+        ("return False", "def f(): return True", False),
         ("a.b", "a.b = 1", True),
         ("a.b", "a.c = 1", False),
     ],
@@ -161,7 +163,7 @@ def spoil(tree: ast.Module, seam: Seam) -> None:
                 node.bases = []
             case ast.ImportFrom():
                 node.names = [ast.alias("other")]
-            case ast.Assign():
+            case ast.Assign() | ast.Return():
                 node.value = other
             case ast.AnnAssign():
                 node.target = other

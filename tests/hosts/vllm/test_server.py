@@ -1,36 +1,29 @@
 """A real server with the plugin, asked by the openai client as its users ask it."""
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flora.adapters.checkpoint import TENSORS_FILE
 from tests import zoo
+from tests.hosts.vllm.server import Server
 from tests.tiny import save_tiny_model
 
 NAMES = ("flora3", "lora", "ia3", "dora")
 NEW_TOKENS = 8
 ADAPTER_BYTES = 1_000_000
-START_SECONDS = 240
 
 
-class Server:
+class TinyServer(Server):
     """A server of a tiny model, and what models of the adapters' own answer."""
 
     def __init__(self, folder: Path) -> None:
@@ -40,49 +33,9 @@ class Server:
         for name in (*NAMES, "hira", "loha"):
             zoo.make_adapter(name, self.base, folder / name)
         self.text = cache(self._text)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        options = ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "16"]
-        settings = {"flora": {"adapter_bytes": ADAPTER_BYTES}}
-        options += ["--additional-config", json.dumps(settings)]
-        options += ["--enable-lora", "--enforce-eager", "--served-model-name", "tiny"]
-        modules = [f"{name}={folder / name}" for name in NAMES]
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(self.model), "--host", "127.0.0.1", "--port", str(port)]
-        self.log = folder / "server.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*command, *options, "--lora-modules", *modules],
-                env=os.environ
-                | {
-                    "VLLM_CPU_KVCACHE_SPACE": "1",
-                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-                    "VLLM_SERVER_DEV_MODE": "1",  # for the worker's own list of adapters
-                },
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                httpx.get(f"{self.url}/health").raise_for_status()
-            except httpx.HTTPError:
-                time.sleep(0.5)
-            else:
-                return
-        raise AssertionError(self.log.read_text()[-4000:])
-
-    def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+        settings = json.dumps({"flora": {"adapter_bytes": ADAPTER_BYTES}})
+        modules = {name: folder / name for name in NAMES}
+        super().__init__(folder, self.model, modules, "--additional-config", settings)
 
     def _text(self, name: str | None, prompt: str) -> str:
         model = self.base if name is None else zoo.own_model(name, self.base, self.folder / name)
@@ -93,9 +46,7 @@ class Server:
         return self.tokenizer.decode(found[0, batch["input_ids"].shape[1] :])
 
     def complete(self, name: str, prompt: str) -> str:
-        import openai
-
-        with openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0) as client:
+        with self.client() as client:
             answer = client.completions.create(
                 model=name,
                 prompt=prompt,
@@ -105,12 +56,6 @@ class Server:
             )
         return self.tokenizer.decode(answer.choices[0].token_ids)
 
-    def post(self, route: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/{route}", json=body, timeout=60)
-
-    def load(self, name: str, folder: Path, **more: Any) -> httpx.Response:
-        return self.post("v1/load_lora_adapter", lora_name=name, lora_path=str(folder), **more)
-
     def resident(self) -> int:
         """How many adapters the worker has."""
         (numbers,) = self.post("collective_rpc", method="list_loras").json()["results"]
@@ -118,9 +63,9 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyServer]:
     pytest.importorskip("vllm")
-    server = Server(tmp_path_factory.mktemp("server"))
+    server = TinyServer(tmp_path_factory.mktemp("server"))
     try:
         server.wait()
         yield server
