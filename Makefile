@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ENGINE ?= vllm
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The supported vLLM that is not installed here: its wheel for GPUs.
 OTHER_VLLM := 0.33.0
@@ -9,8 +10,9 @@ OTHER_VLLM := 0.33.0
 .PHONY: demo vllm test test-slow check compat lint format docs cli-docs bench clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/base
-	$(BIN)/flora demo $(ARGS)
+# ENGINE=transformers leaves the last step out, and what that takes.
+demo: $(VENV)/$(if $(filter transformers,$(ENGINE)),base,vllm)
+	$(BIN)/flora demo --engine $(ENGINE) $(ARGS)
 
 # What it takes to serve, on a CPU.
 vllm: $(VENV)/vllm
@@ -23,7 +25,7 @@ test-slow: $(VENV)/dev
 	$(BIN)/pytest -m slow $(ARGS)
 
 # The figures that the README quotes.
-bench: $(VENV)/base
+bench: $(VENV)/vllm
 	$(BIN)/flora demo --json docs/results/demo.json
 
 check: lint cli-docs

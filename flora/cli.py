@@ -19,7 +19,7 @@ COMMANDS = {
 }
 
 EXTRAS = dict.fromkeys(("accelerate", "gguf", "peft", "transformers", "yaml"), "demo")
-EXTRAS |= {"matplotlib": "plot", "vllm": "vllm"}
+EXTRAS |= {"matplotlib": "plot"} | dict.fromkeys(("httpx", "openai", "vllm"), "vllm")
 """The extra of flora-llm that brings a package."""
 
 app = typer.Typer(

@@ -114,6 +114,15 @@ def test_the_installed_command_is_the_same():
     assert done.stderr == "flora: there is no adapter folder 'nowhere'\n"
 
 
+def test_what_comes_with_vllm_is_missed_in_one_line():
+    code = "import sys; sys.modules['httpx'] = None; from flora.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "bench", "serve"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "flora: this needs httpx: pip install 'flora-llm[vllm]'\n"
+
+
 # inspect
 
 

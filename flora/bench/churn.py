@@ -15,8 +15,9 @@ import torch
 
 from flora.bench.adapters import BASE, Spec
 from flora.bench.answers import Checked
+from flora.bench.environment import vllm_version
 from flora.bench.generate import facts_of
-from flora.bench.processes import BASE_MODEL, IDLE_SECONDS, Server, vllm_version
+from flora.bench.processes import BASE_MODEL, IDLE_SECONDS, Server
 from flora.bench.serve import write_adapters, zipf
 from flora.bench.systems import engine_options
 from flora.bench.turns import measure_in_turns, speed_ratio

@@ -4,7 +4,7 @@ import os
 import platform
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
 from flora.machine import processor
 
@@ -26,6 +26,14 @@ def environment() -> dict[str, object]:
         },
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
     }
+
+
+def vllm_version() -> str:
+    """Of what is installed, under whatever name. Raises ModuleNotFoundError where it is not."""
+    distributions = packages_distributions().get("vllm")
+    if not distributions:
+        raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
+    return version(distributions[0])
 
 
 def _version(package: str) -> str | None:

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import IO, Any, Self, cast
 
@@ -28,14 +27,6 @@ all engines have: only then it is another's turn."""
 START_SECONDS = 3600.0
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.2
-
-
-def vllm_version() -> str:
-    """Of what is installed, under whatever name. Raises ModuleNotFoundError where it is not."""
-    distributions = packages_distributions().get("vllm")
-    if not distributions:
-        raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
-    return version(distributions[0])
 
 
 def environment(system: str) -> dict[str, str]:

@@ -16,8 +16,9 @@ import torch
 from flora.adapters.checkpoint import write_checkpoint
 from flora.base import ModelBase
 from flora.bench.adapters import BASE, Spec
+from flora.bench.environment import vllm_version
 from flora.bench.generate import facts_of
-from flora.bench.processes import BASE_MODEL, IDLE_SECONDS, Server, Worker, vllm_version
+from flora.bench.processes import BASE_MODEL, IDLE_SECONDS, Server, Worker
 from flora.bench.systems import SYSTEMS, Engine, Load, engine_options, engines_of
 from flora.bench.turns import check_systems, measure_in_turns, speed_ratio
 from flora.hosts.loading import load_model

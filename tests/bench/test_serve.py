@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from flora.bench import processes
+from flora.bench import environment
 from flora.bench.adapters import parse_specs
 from flora.bench.processes import Worker
 from flora.bench.serve import LATENCIES, measure, summary, zipf
@@ -87,7 +87,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
         ([], 1, "this needs vllm: pip install 'flora-llm[vllm]'"),
     ):
         if code == 1:
-            monkeypatch.setattr(processes, "packages_distributions", dict)
+            monkeypatch.setattr(environment, "packages_distributions", dict)
         with pytest.raises(SystemExit) as stopped:
             main(["bench", "serve", "--model", model, *arguments])
         assert stopped.value.code == code
