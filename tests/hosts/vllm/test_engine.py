@@ -109,7 +109,7 @@ def batches() -> list[list[tuple[str | None, int]]]:
         pytest.param(EAGER, id="eager"),
         pytest.param({}, id="compiled"),
         pytest.param({"inductor": True}, id="inductor", marks=pytest.mark.slow),
-        pytest.param({**EAGER, "tensor_parallel_size": 2}, id="sharded"),
+        pytest.param({**EAGER, "tensor_parallel_size": 2}, id="sharded", marks=pytest.mark.slow),
     ],
 )
 def test_a_row_gets_the_tokens_of_a_model_of_its_own(own, tmp_path, options):

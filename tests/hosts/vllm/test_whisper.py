@@ -95,10 +95,10 @@ def batches() -> list[list[tuple[str | None, int]]]:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(EAGER, id="eager"),
+        pytest.param(EAGER, id="eager", marks=pytest.mark.slow),
         pytest.param({}, id="compiled"),
         pytest.param({**EAGER, "max_loras": 2, "max_cpu_loras": 3}, id="evicted"),
-        pytest.param({**EAGER, "tensor_parallel_size": 2}, id="sharded"),
+        pytest.param({**EAGER, "tensor_parallel_size": 2}, id="sharded", marks=pytest.mark.slow),
     ],
 )
 def test_a_row_is_transcribed_as_by_a_model_of_its_own(own, tmp_path, options):
