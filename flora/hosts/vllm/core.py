@@ -1,9 +1,9 @@
-"""What vLLM's engine does with adapters between its steps: a request waits until its own is read.
+"""What vLLM's engine does between its steps: a request waits until its own adapter is read.
 
-Only where the engine has its worker in its own process; the ranks of a sharded model read together,
-in their loop.
+The ranks of a sharded model read together, in their loop, and there nothing is changed.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import wraps
@@ -12,49 +12,74 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-    from flora.hosts.vllm.manager import AdapterManager
+Ask = Callable[["LoRARequest"], "Future[list[bool]]"]
+"""Asks the workers whether an adapter is read, and has them read it."""
 
 
 def patch_engine_core() -> None:
     """Have the scheduler leave out requests whose adapter is on its way."""
-    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+    from vllm.v1.engine.core import EngineCore
 
-    create, add_lora = EngineCore.__init__, EngineCoreProc.add_lora
+    create = EngineCore.__init__
 
     @wraps(create)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         create(self, *args, **kwargs)
-        if manager := _manager(self):
-            scheduler = self.scheduler
-            scheduler._handle_blocked_waiting_request = _if_read(
-                manager, scheduler._handle_blocked_waiting_request
+        config, executor, scheduler = self.vllm_config, self.model_executor, self.scheduler
+        if config.lora_config is None or config.parallel_config.world_size > 1:
+            return
+
+        def ask(lora: "LoRARequest") -> "Future[list[bool]]":
+            future: Future[list[bool]] = executor.collective_rpc(
+                _is_read, args=(lora,), non_block=True
             )
+            return future
 
-    @wraps(add_lora)
-    def add(self: Any, lora_request: "LoRARequest") -> bool | Future[bool]:
-        """A future, which vLLM answers with once it is done."""
-        if manager := _manager(self):
-            return manager.check_adapter(lora_request)
-        added: bool = add_lora(self, lora_request)
-        return added
+        arrivals = Arrivals(ask, config.lora_config.max_cpu_loras)
+        scheduler._handle_blocked_waiting_request = arrivals.before(
+            scheduler._handle_blocked_waiting_request
+        )
 
-    EngineCore.__init__, EngineCoreProc.add_lora = init, add
+    EngineCore.__init__ = init
 
 
-def _manager(core: Any) -> "AdapterManager | None":
-    """That of an engine's only worker, where it can read beside the steps."""
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+class Arrivals:
+    """The adapters of requests that wait, of which the workers are asked once a step.
 
-    if core.vllm_config.lora_config is None or not isinstance(core.model_executor, UniProcExecutor):
-        return None
-    manager: AdapterManager = core.model_executor.driver_worker.worker.model_runner.lora_manager
-    return manager if manager.reads_aside else None
+    late: those that requests began with, the last ones last: workers hold them, as long as they
+          leave in this order; one that has left all the same is read within its step.
+    """
+
+    def __init__(self, ask: Ask, capacity: int) -> None:
+        self.ask, self.capacity = ask, capacity
+        self.late: OrderedDict[int, None] = OrderedDict()
+        self._asked: dict[int, Future[list[bool]]] = {}
+
+    def has(self, lora: "LoRARequest") -> bool:
+        """Whether a step with this adapter would not wait for it."""
+        number = lora.lora_int_id
+        asked = self._asked.pop(number, None)
+        if number not in self.late and (asked is None or not all(asked.result())):
+            # The answer is there by the next step, and nothing waits for it.
+            self._asked[number] = self.ask(lora)
+            return False
+        self.late[number] = None
+        self.late.move_to_end(number)
+        if len(self.late) > self.capacity:
+            self.late.popitem(last=False)
+        return True
+
+    def before(self, handle: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        """The scheduler's question whether a waiting request can begin, with this one in front."""
+
+        @wraps(handle)
+        def can_begin(request: Any) -> bool:
+            lora: LoRARequest | None = request.lora_request
+            return (lora is None or self.has(lora)) and handle(request)
+
+        return can_begin
 
 
-def _if_read(manager: "AdapterManager", handle: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    @wraps(handle)
-    def ready(request: Any) -> bool:
-        lora: LoRARequest | None = request.lora_request
-        return (lora is None or manager.is_ready(lora)) and handle(request)
-
-    return ready
+def _is_read(worker: Any, lora: "LoRARequest") -> bool:
+    read: bool = worker.model_runner.lora_manager.is_read(lora)
+    return read

@@ -28,6 +28,9 @@ GRACE_SECONDS = 60.0
 
 POLL_SECONDS = 0.5
 
+READING_SECONDS = 0.01
+"""After so long it is asked again whether an adapter was read."""
+
 ARGUMENTS = 4
 """Of `add_request` in front of its adapter: id, prompt, parameters, arrival."""
 
@@ -96,11 +99,12 @@ def patch_llm_engine() -> None:
     def load(self: Any, lora_request: LoRARequest) -> bool:
         taken = snapshots().take(lora_request)
         try:
-            loaded: bool = add_lora(self, taken)
+            while not add_lora(self, taken):
+                time.sleep(READING_SECONDS)
         except Exception as error:
             raise _told(error) from None
         Adapters.of(self).accept(lora_request, taken)
-        return loaded
+        return True
 
     @wraps(remove_lora)
     def remove(self: Any, lora_id: int) -> bool:
@@ -144,11 +148,12 @@ def patch_async_llm() -> None:
     async def load(self: Any, lora_request: LoRARequest) -> bool:
         taken = await _take(lora_request)
         try:
-            loaded: bool = await add_lora(self, taken)
+            while not await add_lora(self, taken):
+                await asyncio.sleep(READING_SECONDS)
         except Exception as error:
             raise _told(error) from None
         Adapters.of(self).accept(lora_request, taken)
-        return loaded
+        return True
 
     @wraps(remove_lora)
     async def remove(self: Any, lora_id: int) -> bool:

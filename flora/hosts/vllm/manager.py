@@ -3,7 +3,6 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -64,7 +63,6 @@ class AdapterManager:
         self._requests: dict[int, LoRARequest] = {}
         self._sizes: dict[int, int] = {}
         self._pinned: set[int] = set()
-        self._reader = Reader(self._read)
         self._identities: dict[int, str] = {}
         self._held: set[str] = set()
         self._roster: BatchAdapters | None = None
@@ -80,13 +78,10 @@ class AdapterManager:
         self.base = VllmBase(self.layers)
         self.base.measure_costs(self.settings.backend)
         self.bank = AdapterBank(self.base.specs, self.settings.adapter_bytes)
-        return model
-
-    @property
-    def reads_aside(self) -> bool:
-        """Whether adapters may be read while a step runs: all that they ask of W0 is in memory."""
+        # While a step runs, no kind may ask for a layer's own product, nor ranks for each other's.
         readable = all(part.weight is not None for part in self.base.parts.values())
-        return readable and not self.base.is_sharded
+        self._reader = Reader(self._read, aside=readable and not self.base.is_sharded)
+        return model
 
     def supports_tower_connector_lora(self) -> bool:
         """Whether vLLM is to say the adapter of each item that an encoder takes."""
@@ -97,41 +92,30 @@ class AdapterManager:
         return set(self._identities)
 
     def add_adapter(self, request: LoRARequest) -> bool:
-        """Make an adapter resident. True where it was not.
+        """Take an adapter up; the first step that uses it makes it resident.
+
+        Returns True once it is read. False, where it is being read: then it is to be asked again.
 
         Raises UsageError, InvalidAdapterError or OutOfBudgetError; then all is as it was. The text
         begins with the error's name, which is all that reaches another process.
         """
-        number = request.lora_int_id
-        if number in self._identities and not request.load_inplace:
-            return False
-        loaded = self._reader.take(request) if self.reads_aside else self._read(request)
-        self._know(request, loaded)
-        self._load(number, loaded)
+        if request.lora_int_id not in self._requests:
+            if not self._reader.has(request):
+                return False
+            self._know(request, self._reader.get(request))
         return True
 
-    def check_adapter(self, request: LoRARequest) -> Future[bool]:
-        """Have an adapter read; the first step that uses it makes it resident. Raises, in the
-        future, what `add_adapter` does."""
-        known: Future[bool] = Future()
-        if request.lora_int_id in self._requests:
-            known.set_result(False)
-            return known
-
-        def know(read: Future[Loaded]) -> None:
-            try:
-                self._know(request, read.result())
-            except Exception as error:
-                known.set_exception(error)
-            else:
-                known.set_result(True)
-
-        self._reader.start(request).add_done_callback(know)
-        return known
-
-    def is_ready(self, request: LoRARequest) -> bool:
+    def is_read(self, request: LoRARequest) -> bool:
         """Whether a step with this adapter would not wait for it; if not, it is being read."""
-        return request.lora_int_id in self._identities or self._reader.start(request).done()
+        return request.lora_int_id in self._identities or self._reader.has(request)
+
+    def _make_resident(self, number: int) -> None:
+        if number not in self._identities:
+            request = self._requests[number]
+            loaded = self._reader.take(request)
+            self._know(request, loaded)
+            # Not by `number`: of a step it may be numpy's, which vLLM does not send back.
+            self._load(request.lora_int_id, loaded)
 
     def remove_adapter(self, number: int) -> bool:
         """Forget an adapter, at once; a step that runs goes on with what it was lent."""
@@ -155,7 +139,7 @@ class AdapterManager:
         if number not in self._requests:
             raise UsageError(f"adapter {number} is not loaded; load it before it is pinned")
         self._check_budget({}, self._pinned | {number})
-        self.add_adapter(self._requests[number])
+        self._make_resident(number)
         self._pinned.add(number)
         self.bank.pin(self._identities[number])
         return True
@@ -181,7 +165,7 @@ class AdapterManager:
         used = set(numbers) - {0}
         self._hold({self._identities[n] for n in used if n in self._identities})
         for number in used - self._identities.keys():
-            self.add_adapter(self._requests[number])
+            self._make_resident(number)
             self._hold(self._held | {self._identities[number]})
         self.current.step, self.items.step = self._step(numbers), None
 
@@ -247,7 +231,7 @@ class AdapterManager:
     def _check_budget(self, more: dict[int, int], pinned: set[int]) -> None:
         """Raise OutOfBudgetError unless the pinned adapters and a batch of the largest others fit:
         no step may find that there is no room."""
-        budget, sizes = self.bank.budget, self._sizes.copy() | more
+        budget, sizes = self.bank.budget, self._sizes | more
         if budget is None:
             return
         kept = sum(sizes.pop(number, 0) for number in pinned)

@@ -14,36 +14,60 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-KEPT_READ = 16
+KEPT_READ = 4
 """So many adapters that were read wait for their first step; of more the oldest is read again."""
 
 
 class Reader(Generic[T]):
     """Reads adapters by their number, each once until it is taken.
 
-    read: from a request to what the bank takes; called in another thread.
+    read:  from a request to what the bank takes.
+    aside: whether another thread may call it; else who asks for an adapter waits for it.
     """
 
-    def __init__(self, read: Callable[["LoRARequest"], T]) -> None:
+    def __init__(self, read: Callable[["LoRARequest"], T], *, aside: bool) -> None:
         self._read = read
-        self._thread = ThreadPoolExecutor(1, "flora-reader", initializer=_leave_the_engines_core)
+        self._thread = aside and ThreadPoolExecutor(
+            1, "flora-reader", initializer=_leave_the_engines_core
+        )
         self._coming: OrderedDict[int, Future[T]] = OrderedDict()
 
-    def start(self, request: "LoRARequest") -> Future[T]:
-        """Have an adapter read, if it is not already."""
-        number = request.lora_int_id
-        if number not in self._coming:
-            self._coming[number] = self._thread.submit(self._read, request)
-            done = [n for n, future in self._coming.items() if future.done()]
-            for old in done[: len(self._coming) - KEPT_READ]:
-                del self._coming[old]
-        return self._coming[number]
+    def has(self, request: "LoRARequest") -> bool:
+        """Whether an adapter was read, or cannot be; if not, it is being read."""
+        return self._start(request).done()
+
+    def get(self, request: "LoRARequest") -> T:
+        """What was read, waited for, and kept until it is taken. Raises what reading raised."""
+        future = self._start(request)
+        if future.exception() is not None:
+            del self._coming[request.lora_int_id]
+        return future.result()
 
     def take(self, request: "LoRARequest") -> T:
         """What was read, waited for, and not kept any longer. Raises what reading raised."""
-        future = self.start(request)
+        found = self.get(request)
         del self._coming[request.lora_int_id]
-        return future.result()
+        return found
+
+    def _start(self, request: "LoRARequest") -> Future[T]:
+        number = request.lora_int_id
+        if number not in self._coming:
+            self._coming[number] = self._begin(request)
+            done = [n for n, future in self._coming.items() if future.done()]
+            for old in done[: max(0, len(self._coming) - KEPT_READ)]:
+                if old != number:
+                    del self._coming[old]
+        return self._coming[number]
+
+    def _begin(self, request: "LoRARequest") -> Future[T]:
+        if self._thread:
+            return self._thread.submit(self._read, request)
+        found: Future[T] = Future()
+        try:
+            found.set_result(self._read(request))
+        except Exception as error:
+            found.set_exception(error)
+        return found
 
 
 def _leave_the_engines_core() -> None:

@@ -406,15 +406,6 @@ SEAMS = (
         "self.vllm_config; self.model_executor; self.scheduler",
         "read once it is made",
     ),
-    Seam(_CORE, "EngineCore", "def add_lora(self, lora_request)", _REPLACED),
-    Seam(_CORE, "", "class EngineCoreProc(EngineCore)", _REPLACED),
-    Seam(_CORE, "EngineCoreProc", "def add_lora(self, *_)", "inherited", among=()),
-    Seam(
-        _CORE,
-        "EngineCoreProc._invoke_utility_method",
-        "isinstance(result, Future)",
-        "answered once it is done",
-    ),
     Seam(
         _SCHEDULER,
         "Scheduler",
@@ -427,30 +418,24 @@ SEAMS = (
         "ready_to_schedule = self._handle_blocked_waiting_request(request)",
         "a request whose adapter is being read is left out of the step",
     ),
-    Seam(
-        "v1/executor/uniproc_executor.py",
-        "UniProcExecutor._init_executor",
-        "self.driver_worker = WorkerWrapperBase(**_)",
-        "the engine's own worker",
+    *(
+        Seam(
+            f"v1/executor/{file}_executor.py",
+            f"{cls}.collective_rpc",
+            "def collective_rpc(self, method, timeout, args, kwargs, non_block, *_)",
+            "asks the workers in between",
+        )
+        for file, cls in (("uniproc", "UniProcExecutor"), ("multiproc", "MultiprocExecutor"))
     ),
+    Seam("config/parallel.py", "ParallelConfig", "world_size: _", "one worker, or many"),
     Seam(
         "v1/worker/worker_base.py",
-        "WorkerWrapperBase.init_worker",
-        "self.worker = worker_class(**_)",
-        "the engine's own worker",
+        "WorkerWrapperBase",
+        "def __getattr__(self, attr)",
+        "its worker's",
     ),
-    Seam(
-        "v1/worker/gpu_worker.py",
-        "Worker",
-        "self.model_runner",
-        "the engine's own worker",
-    ),
-    Seam(
-        "v1/worker/cpu_worker.py",
-        "CPUWorker",
-        "self.model_runner",
-        "the engine's own worker",
-    ),
+    Seam("v1/worker/gpu_worker.py", "Worker", "self.model_runner", "called with a worker"),
+    Seam("v1/worker/cpu_worker.py", "CPUWorker", "self.model_runner", "called with a worker"),
     # frontend.py: the engines
     Seam(_LLM_ENGINE, "LLMEngine", f"def {_ADD}", _REPLACED),
     Seam(_LLM_ENGINE, "LLMEngine", "def add_lora(self, lora_request)", _REPLACED),

@@ -151,7 +151,7 @@ def test_an_engines_adapters_come_and_go(own, tmp_path):
     assert len(found[1]) == 3
     of = {name: [own.tokens(name, 17)] for name in ("flora3", "loha")}
     assert found[2:8] == [None, of["flora3"], None, of["loha"], None, of["flora3"]]
-    assert found[8:10] == [False, True]  # the content was resident, under another folder's name
+    assert found[8:10] == [True, True]
     assert found[10] == right
     assert 7 in found[11]
     assert len(found[11]) == 3

@@ -1,12 +1,13 @@
 """Adapters that are read beside the engine's steps."""
 
+from concurrent.futures import Future
 from threading import Event
 from types import SimpleNamespace
 
 import pytest
 
 from flora.errors import InvalidAdapterError
-from flora.hosts.vllm.core import _if_read
+from flora.hosts.vllm.core import Arrivals
 from flora.hosts.vllm.reader import KEPT_READ, Reader
 
 
@@ -32,52 +33,77 @@ def request(number: int, name: str = "good") -> SimpleNamespace:
 
 def test_nothing_waits_until_an_adapter_is_taken():
     adapters = Adapters()
-    reader = Reader(adapters.read)
-    first = reader.start(request(1))
-    assert not first.done()
-    assert reader.start(request(1)) is first
+    reader = Reader(adapters.read, aside=True)
+    assert not reader.has(request(1))
+    assert not reader.has(request(1))
     adapters.opened[1].set()
+    assert reader.get(request(1)) == "good"
+    assert reader.has(request(1))
     assert reader.take(request(1)) == "good"
     assert adapters.counts == {1: 1}
     assert reader.take(request(1)) == "good"
     assert adapters.counts == {1: 2}
 
 
-def test_what_is_wrong_is_said_when_it_is_taken():
+@pytest.mark.parametrize("aside", [True, False])
+def test_what_is_wrong_is_said_when_it_is_asked_for(aside):
     adapters = Adapters()
     adapters.opened[1].set()
-    reader = Reader(adapters.read)
-    with pytest.raises(InvalidAdapterError, match="bad"):
-        reader.take(request(1, "bad"))
+    reader = Reader(adapters.read, aside=aside)
+    for _ in range(2):
+        reader.has(request(1, "bad"))
+        with pytest.raises(InvalidAdapterError, match="bad"):
+            reader.get(request(1, "bad"))
     assert reader.take(request(1)) == "good"
 
 
 def test_few_wait_and_the_oldest_is_read_again():
     adapters = Adapters()
-    reader = Reader(adapters.read)
+    reader = Reader(adapters.read, aside=True)
     for number in range(1, KEPT_READ + 4):
         adapters.opened[number].set()
-        reader.start(request(number)).result()
+        reader.get(request(number))
     reader.take(request(KEPT_READ + 3))
     reader.take(request(1))
     assert adapters.counts[1] == 2
     assert adapters.counts[KEPT_READ + 3] == 1
 
 
-def test_a_request_is_scheduled_once_its_own_adapter_is_read():
-    adapters = Adapters()
-    reader = Reader(adapters.read)
-    manager = SimpleNamespace(is_ready=lambda lora: reader.start(lora).done())
-    handled = []
-    ready = _if_read(manager, lambda waiting: handled.append(waiting) or True)
+class Workers:
+    """What workers say of the adapters that they have read, by number."""
+
+    def __init__(self) -> None:
+        self.read: set[int] = set()
+        self.asked: list[int] = []
+
+    def ask(self, lora: SimpleNamespace) -> Future[list[bool]]:
+        self.asked.append(lora.lora_int_id)
+        answer: Future[list[bool]] = Future()
+        answer.set_result([lora.lora_int_id in self.read])
+        return answer
+
+
+def test_a_request_begins_once_its_own_adapter_is_read():
+    workers, handled = Workers(), []
+    can_begin = Arrivals(workers.ask, 2).before(lambda waits: handled.append(waits) or True)
     slow, other, base = (
         SimpleNamespace(lora_request=lora) for lora in (request(1), request(2), None)
     )
-    assert not ready(slow)
-    assert ready(base)
-    adapters.opened[1].set()
-    adapters.opened[2].set()
-    reader.start(other.lora_request).result()
-    assert ready(slow)
-    assert ready(other)
-    assert handled == [base, slow, other]
+    workers.read = {2}
+    assert [can_begin(each) for each in (slow, other, base)] == [False, False, True]
+    assert [can_begin(each) for each in (slow, other, base)] == [False, True, True]
+    workers.read = {1, 2}
+    assert not can_begin(slow)
+    assert can_begin(slow)
+    assert handled == [base, other, base, slow]
+
+
+def test_of_late_adapters_nobody_is_asked():
+    workers = Workers()
+    workers.read = {1, 2, 3}
+    arrivals = Arrivals(workers.ask, 2)
+    for number in (1, 2, 1, 2, 3, 2):
+        while not arrivals.has(request(number)):
+            pass
+    assert workers.asked == [1, 2, 3]
+    assert not arrivals.has(request(1))
