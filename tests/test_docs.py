@@ -210,7 +210,7 @@ def test_the_page_of_the_structure_has_each_module():
 
 RESULTS = re.compile(r"\((?:docs/)?results/([\w-]+\.json)\)")
 FIGURE = re.compile(r"[\d,]*\d(\.\d+)?")
-QUOTING = ("README.md", "docs/bench.md", "docs/performance.md")
+QUOTING = ("README.md", "docs/bench.md", "docs/performance.md", "docs/vllm.md")
 
 
 def quoted_rows(page: str) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -260,6 +260,7 @@ def summaries(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         ("README.md", "demo.json"),
         ("docs/bench.md", "decode.json"),
         ("docs/bench.md", "train.json"),
+        ("docs/vllm.md", "serve.json"),
     ],
 )
 def test_a_page_quotes_what_was_measured(page, results):
