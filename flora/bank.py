@@ -48,7 +48,7 @@ NEUTRAL = _Ranks(0, 0, False)
 
 
 class _Part(NamedTuple):
-    """Pages of one family, and for each tensor whether it has ones in all of them."""
+    """Pages of one family, and for each tensor of scales whether it has ones in all of them."""
 
     tensors: tuple[Tensor, ...]
     neutral: tuple[bool, ...]
@@ -262,7 +262,7 @@ class AdapterBank:
                     )
             parts[name] = _Part(
                 tuple(tensor.detach().to(spec.device, dtype) for tensor in tensors),
-                tuple(bool((tensor == 1).all()) for tensor in tensors),
+                tuple(name == "hadamard" and bool((t == 1).all()) for t in tensors),
             )
         return parts
 

@@ -7,7 +7,7 @@ reported at once: file, tensor, what was found, what was expected.
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from flora.adapters.config import AdapterConfig, Shape
-from flora.adapters.core import Adapter, Base, LayerFactors, Layers, identity_of
+from flora.adapters.core import Adapter, Base, LayerFactors, Layers, all_finite, identity_of
 from flora.adapters.kinds import get_kind
 from flora.adapters.targets import targeted
 from flora.errors import InvalidAdapterError, UsageError, faults
@@ -125,11 +125,12 @@ class Checkpoint:
             if any(n not in (None, m) for n, m in zip(factors.size, expected, strict=True)):
                 found = list(factors.size)
                 faults.append(f"{module}: is of size {found}, expected {list(expected)}")
-            faults += [
-                f"{module}: {name} comes out as NaN or Inf"
-                for name, tensor in factors.parts()
-                if not tensor.isfinite().all()
-            ]
+        parts = [
+            (f"{module}: {name}", tensor)
+            for module, factors in layers.items()
+            for name, tensor in factors.parts()
+        ]
+        faults += [f"{name} comes out as NaN or Inf" for name in _not_finite(parts)]
         if faults:
             raise InvalidAdapterError("; ".join(faults))
         return Adapter(kind=self.kind, identity=self.identity, layers=layers)
@@ -270,6 +271,12 @@ def _read(folder: Path, base: Base | None, limits: Limits) -> Checkpoint:
     if base is not None and (sizes := [base.shapes[m] for m in known if m in base.shapes]):
         largest = max(out for out, _ in sizes), max(n for _, n in sizes)
     faults += _check(shared, SHARED_PREFIX, common, largest, limits)
+    floats = [
+        (name.removeprefix(PREFIX), tensor)
+        for name, tensor in tensors.items()
+        if tensor.dtype in FLOATS
+    ]
+    faults += [f"{name} holds NaN or Inf" for name in _not_finite(floats)]
     if not params and not faults:
         faults.append(f"{TENSORS_FILE}: no tensor in it")
     base_model = raw.get("base_model_name_or_path")
@@ -373,9 +380,14 @@ def _check(
             faults.append(f"{prefix}{name}: found shape {list(tensor.shape)}, expected {expected}")
         elif any(sizes[dim] > limits.rank for dim in dims if dim == "rank" or isinstance(dim, int)):
             faults.append(f"{prefix}{name}: rank over the limit of {limits.rank}")
-        elif not torch.isfinite(tensor).all():
-            faults.append(f"{prefix}{name} holds NaN or Inf")
     return faults
+
+
+def _not_finite(named: Sequence[tuple[str, Tensor]]) -> list[str]:
+    """The names of tensors that hold NaN or Inf."""
+    if all_finite(tensor for _, tensor in named):
+        return []
+    return [name for name, tensor in named if not tensor.isfinite().all()]
 
 
 def _exact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,13 +6,15 @@ For a linear layer with frozen weight W0 `[out, in]` and an example x, an adapte
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from math import inf
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from flora.errors import InvalidAdapterError
 
@@ -137,6 +139,12 @@ class Adapter:
     @cached_property
     def nbytes(self) -> int:
         return sum(factors.nbytes for factors in self.layers.values())
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no NaN and no Inf is in any of these floats: at once, as there are hundreds."""
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    return not filled or bool(get_total_norm(filled, inf, foreach=True).isfinite())
 
 
 def identity_of(kind: str, config: str, tensors: Mapping[str, Tensor]) -> str:
