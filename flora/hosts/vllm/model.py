@@ -37,7 +37,8 @@ def adapt(
     items:   of an encoder-decoder model's encoder.
     """
     backend = Settings.of(vllm_config).backend
-    packed, names = get_packed_modules_mapping(model), Names(model)
+    packed = get_packed_modules_mapping(model)
+    names = Names(model, vllm_config.model_config.hf_config)
     context = vllm_config.compilation_config.static_forward_context
     prefixes: tuple[str, ...] = ("",)
     if supports_multimodal(model) and hasattr(model, "get_mm_mapping"):

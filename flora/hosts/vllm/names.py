@@ -1,7 +1,12 @@
 """What a layer of vLLM's is called in transformers, whose names adapters go by."""
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from functools import cached_property
 from typing import Any
+
+import torch
+import transformers
 
 WEIGHT = ".weight"
 """A mapper renames tensors, and what it looks for may end behind a layer's name."""
@@ -14,21 +19,40 @@ class Names:
     it may have replaced is put back, and mapped again to see whether it was.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, config: Any) -> None:
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         # Of the renames alone: what is merged keeps the names of its parts.
         self.mapper: Any = None if mapper is None else mapper.get_rename_mapper()
+        self.config = config
 
     def original(self, name: str) -> str:
-        """The one name that becomes this one; where several do, or none is found, the name itself.
+        """The one name that becomes this one, or that of several which transformers' model has.
 
-        It is one of several where it stays what it is: then either may be transformers'.
+        The name itself, where there is none: no adapter fits such a layer.
         """
         if self.mapper is None:
             return name
         key = f"{name}{WEIGHT}"
-        found = [old for old in self._undone(key) if self.mapper.map_name(old) == key]
-        return found[0].removesuffix(WEIGHT) if len(found) == 1 else name
+        found = [
+            old.removesuffix(WEIGHT)
+            for old in self._undone(key)
+            if self.mapper.map_name(old) == key
+        ]
+        if len(found) > 1:  # older checkpoints have other names, of which one may be vLLM's
+            found = [old for old in found if old in self._modules]
+        return found[0] if len(found) == 1 else name
+
+    @cached_property
+    def _modules(self) -> frozenset[str]:
+        """The names in transformers' model of this configuration, of which no weight is made."""
+        classes = (getattr(transformers, name, None) for name in self.config.architectures or ())
+        cls = next(
+            (c for c in classes if isinstance(self.config, getattr(c, "config_class", ()))), None
+        )
+        if cls is None:
+            return frozenset()
+        with torch.device("meta"):
+            return frozenset(name for name, _ in cls(deepcopy(self.config)).named_modules())
 
     def _undone(self, key: str) -> set[str]:
         """What may have become a key; of its replacements the last is undone first."""
