@@ -1,6 +1,7 @@
 """The command `flora`: dispatches, and turns every error of a user's into one line."""
 
 import os
+import signal
 import sys
 from importlib import import_module
 
@@ -38,6 +39,8 @@ for _name, _path in COMMANDS.items():
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line. Exit code 0: done, 1: the work failed, 2: wrong usage."""
+    # Its default would leave behind the processes that a command started.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         code = app(arguments, prog_name="flora", standalone_mode=False) or 0
     except typer.Exit as stop:

@@ -4,9 +4,11 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -124,6 +126,29 @@ def test_what_comes_with_vllm_is_missed_in_one_line():
 
 
 # inspect
+
+
+WAITING = """
+import os, time
+from flora.bench.processes import Child
+from flora.cli import app, main
+
+@app.command()
+def wait():
+    with Child("its own", ["sleep", "600"], dict(os.environ)) as child:
+        print(child.process.pid, flush=True)
+        time.sleep(600)
+
+main(["wait"])
+"""
+
+
+def test_a_command_that_is_told_to_end_leaves_no_process_behind():
+    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE) as command:
+        child = psutil.Process(int(command.stdout.readline()))
+        command.terminate()
+        assert command.wait(60) == 128 + signal.SIGTERM
+    assert not child.is_running()
 
 
 def test_inspect_shows_an_adapter(capsys, folder, tmp_path):
