@@ -3,6 +3,7 @@
 The ranks of a sharded model read together, in their loop, and there nothing is changed.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+
+logger = logging.getLogger(__name__)
 
 Ask = Callable[["LoRARequest"], "Future[list[bool]]"]
 """Asks the workers whether an adapter is read, and has them read it."""
@@ -37,7 +40,9 @@ def patch_engine_core() -> None:
 
         arrivals = Arrivals(ask, config.lora_config.max_cpu_loras)
         scheduler._handle_blocked_waiting_request = arrivals.before(
-            scheduler._handle_blocked_waiting_request
+            scheduler._handle_blocked_waiting_request,
+            # Whatever it is in stands for: the scheduler ends these with an error.
+            fail=scheduler.encoder_cache_mismatch_reqs.add,
         )
 
     EngineCore.__init__ = init
@@ -56,7 +61,7 @@ class Arrivals:
         self._asked: dict[int, Future[list[bool]]] = {}
 
     def has(self, lora: "LoRARequest") -> bool:
-        """Whether a step with this adapter would not wait for it."""
+        """Whether a step with this adapter would not wait for it. Raises where it is lost."""
         number = lora.lora_int_id
         asked = self._asked.pop(number, None)
         if number not in self.late and (asked is None or not all(asked.result())):
@@ -69,13 +74,25 @@ class Arrivals:
             self.late.popitem(last=False)
         return True
 
-    def before(self, handle: Callable[[Any], bool]) -> Callable[[Any], bool]:
-        """The scheduler's question whether a waiting request can begin, with this one in front."""
+    def before(
+        self, handle: Callable[[Any], bool], *, fail: Callable[[str], None]
+    ) -> Callable[[Any], bool]:
+        """The scheduler's question whether a waiting request can begin, with this one in front.
+
+        fail: has a request end with an error, whose adapter is there no longer.
+        """
 
         @wraps(handle)
         def can_begin(request: Any) -> bool:
             lora: LoRARequest | None = request.lora_request
-            return (lora is None or self.has(lora)) and handle(request)
+            try:
+                if lora is not None and not self.has(lora):
+                    return False
+            except Exception as error:  # a worker's comes as whatever its executor makes of it
+                logger.error("request %s: %s", request.request_id, error)
+                fail(request.request_id)
+                return False
+            return handle(request)
 
         return can_begin
 

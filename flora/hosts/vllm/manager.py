@@ -80,7 +80,8 @@ class AdapterManager:
         self.bank = AdapterBank(self.base.specs, self.settings.adapter_bytes)
         # While a step runs, no kind may ask for a layer's own product, nor ranks for each other's.
         readable = all(part.weight is not None for part in self.base.parts.values())
-        self._reader = Reader(self._read, aside=readable and not self.base.is_sharded)
+        aside = readable and not self.base.is_sharded
+        self._reader = Reader(self._read, aside=aside, kept=self.slots)
         return model
 
     def supports_tower_connector_lora(self) -> bool:
@@ -106,7 +107,10 @@ class AdapterManager:
         return True
 
     def is_read(self, request: LoRARequest) -> bool:
-        """Whether a step with this adapter would not wait for it; if not, it is being read."""
+        """Whether a step with this adapter would not wait for it; if not, it is being read.
+
+        Raises what reading it again raised.
+        """
         return request.lora_int_id in self._identities or self._reader.has(request)
 
     def _make_resident(self, number: int) -> None:

@@ -14,27 +14,28 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-KEPT_READ = 4
-"""So many adapters that were read wait for their first step; of more the oldest is read again."""
-
 
 class Reader(Generic[T]):
     """Reads adapters by their number, each once until it is taken.
 
     read:  from a request to what the bank takes.
     aside: whether another thread may call it; else who asks for an adapter waits for it.
+    kept:  so many that were read wait for their first step; of more the oldest is read again.
     """
 
-    def __init__(self, read: Callable[["LoRARequest"], T], *, aside: bool) -> None:
-        self._read = read
+    def __init__(self, read: Callable[["LoRARequest"], T], *, aside: bool, kept: int) -> None:
+        self._read, self._kept = read, kept
         self._thread = aside and ThreadPoolExecutor(
             1, "flora-reader", initializer=_leave_the_engines_core
         )
         self._coming: OrderedDict[int, Future[T]] = OrderedDict()
 
     def has(self, request: "LoRARequest") -> bool:
-        """Whether an adapter was read, or cannot be; if not, it is being read."""
-        return self._start(request).done()
+        """Whether an adapter was read; if not, it is being read. Raises what reading raised."""
+        read = self._start(request).done()
+        if read:
+            self.get(request)
+        return read
 
     def get(self, request: "LoRARequest") -> T:
         """What was read, waited for, and kept until it is taken. Raises what reading raised."""
@@ -53,10 +54,9 @@ class Reader(Generic[T]):
         number = request.lora_int_id
         if number not in self._coming:
             self._coming[number] = self._begin(request)
-            done = [n for n, future in self._coming.items() if future.done()]
-            for old in done[: max(0, len(self._coming) - KEPT_READ)]:
-                if old != number:
-                    del self._coming[old]
+            done = [n for n, future in self._coming.items() if future.done() and n != number]
+            for old in done[: max(0, len(done) - self._kept)]:
+                del self._coming[old]
         return self._coming[number]
 
     def _begin(self, request: "LoRARequest") -> Future[T]:

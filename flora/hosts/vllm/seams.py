@@ -418,6 +418,12 @@ SEAMS = (
         "ready_to_schedule = self._handle_blocked_waiting_request(request)",
         "a request whose adapter is being read is left out of the step",
     ),
+    Seam(
+        _SCHEDULER,
+        "Scheduler.update_from_output",
+        "error_req_ids.update(self.encoder_cache_mismatch_reqs)",
+        "ends a request whose adapter cannot be read again",
+    ),
     *(
         Seam(
             f"v1/executor/{file}_executor.py",

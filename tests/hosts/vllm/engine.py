@@ -6,7 +6,8 @@ model:   its folder.
 options: of `LLM`, beside those that all have here.
 steps:   what is done, one after the other: `{"generate": [[adapter's folder or None, prompt], …]}`,
          or `{"call": name of the engine's method, "arguments": […]}`, where a folder stands for a
-         request of it; `{"copy": [from, to]}` writes a folder anew.
+         request of it; `{"copy": [from, to]}` writes a folder anew; `{"lose": folder}` deletes what
+         the plugin has copied of it.
 
 A prompt is its tokens, or `{"audio": file of numpy's, "tokens": […]}` for Whisper.
 
@@ -37,30 +38,38 @@ def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     common = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 128}
     llm = LLM(job["model"], disable_log_stats=True, **{**common, **job["options"]})
-    numbers: dict[str, int] = {}
+    requests: dict[str, Any] = {}
     results = []
     for step in job["steps"]:
         try:
-            results.append(_do(llm, step, numbers))
+            results.append(_do(llm, step, requests))
         except Exception as error:
             results.append({"error": [type(error).__name__, str(error)]})
     Path(result_file).write_text(json.dumps(results))
 
 
-def _do(llm: Any, step: Any, numbers: dict[str, int]) -> Any:
+def _do(llm: Any, step: Any, requests: dict[str, Any]) -> Any:
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
+
+    from flora.hosts.vllm.requests import snapshots
 
     def request(folder: str | None) -> Any:
         if folder is None:
             return None
-        number = numbers.setdefault(folder, len(numbers) + 1)
-        return LoRARequest(Path(folder).name, number, folder)
+        if folder not in requests:
+            requests[folder] = LoRARequest(Path(folder).name, len(requests) + 1, folder)
+        return requests[folder]
 
     if "copy" in step:
         old, new = step["copy"]
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(old, new)
+        return None
+    if "lose" in step:
+        # As a server has it, which does not look at the folder again.
+        requests[step["lose"]] = taken = snapshots().take(request(step["lose"]))
+        shutil.rmtree(taken.lora_path)
         return None
     if "call" in step:
         arguments = [

@@ -144,6 +144,10 @@ def test_an_engines_adapters_come_and_go(own, tmp_path):
         {"call": "list_loras", "arguments": []},
         {"call": "remove_lora", "arguments": [7]},
         {"generate": [[one, own.prompts[17]]]},
+        # Of one that was evicted the copy is gone.
+        {"lose": str(own.folder / "flora1")},
+        {"generate": [own.row(*row) for row in (("flora1", 17), ("hira", 17), (None, 17))]},
+        {"generate": [own.row(*row) for row in rows if row[0] != "flora1"]},
     ]
     found = run(tmp_path, own.model, steps, max_loras=2, max_cpu_loras=3, **EAGER)
     right = [own.tokens(*row) for row in rows]
@@ -159,6 +163,8 @@ def test_an_engines_adapters_come_and_go(own, tmp_path):
     assert 7 not in found[13]
     assert found[14] is False
     assert found[15] == of["flora3"]
+    assert found[17] == [[], own.tokens("hira", 17), own.tokens(None, 17)]
+    assert found[18] == [own.tokens(*row) for row in rows if row[0] != "flora1"]
 
 
 def test_a_bad_adapter_is_refused_and_nothing_else_is_touched(own, tmp_path):

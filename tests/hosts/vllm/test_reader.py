@@ -1,6 +1,7 @@
 """Adapters that are read beside the engine's steps."""
 
 from concurrent.futures import Future
+from contextlib import suppress
 from threading import Event
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ import pytest
 
 from flora.errors import InvalidAdapterError
 from flora.hosts.vllm.core import Arrivals
-from flora.hosts.vllm.reader import KEPT_READ, Reader
+from flora.hosts.vllm.reader import Reader
+
+KEPT = 3
 
 
 class Adapters:
@@ -33,7 +36,7 @@ def request(number: int, name: str = "good") -> SimpleNamespace:
 
 def test_nothing_waits_until_an_adapter_is_taken():
     adapters = Adapters()
-    reader = Reader(adapters.read, aside=True)
+    reader = Reader(adapters.read, aside=True, kept=KEPT)
     assert not reader.has(request(1))
     assert not reader.has(request(1))
     adapters.opened[1].set()
@@ -49,24 +52,50 @@ def test_nothing_waits_until_an_adapter_is_taken():
 def test_what_is_wrong_is_said_when_it_is_asked_for(aside):
     adapters = Adapters()
     adapters.opened[1].set()
-    reader = Reader(adapters.read, aside=aside)
+    reader = Reader(adapters.read, aside=aside, kept=KEPT)
     for _ in range(2):
-        reader.has(request(1, "bad"))
         with pytest.raises(InvalidAdapterError, match="bad"):
             reader.get(request(1, "bad"))
     assert reader.take(request(1)) == "good"
 
 
+def test_what_is_wrong_is_said_as_soon_as_it_is_read():
+    adapters = Adapters()
+    reader = Reader(adapters.read, aside=True, kept=KEPT)
+    assert not reader.has(request(1, "bad"))
+    adapters.opened[1].set()
+    with suppress(InvalidAdapterError):
+        reader._start(request(1, "bad")).result()
+    with pytest.raises(InvalidAdapterError, match="bad"):
+        reader.has(request(1, "bad"))
+
+
 def test_few_wait_and_the_oldest_is_read_again():
     adapters = Adapters()
-    reader = Reader(adapters.read, aside=True)
-    for number in range(1, KEPT_READ + 4):
+    reader = Reader(adapters.read, aside=True, kept=KEPT)
+    for number in range(1, KEPT + 3):
         adapters.opened[number].set()
         reader.get(request(number))
-    reader.take(request(KEPT_READ + 3))
+    reader.take(request(KEPT + 2))
     reader.take(request(1))
     assert adapters.counts[1] == 2
-    assert adapters.counts[KEPT_READ + 3] == 1
+    assert adapters.counts[KEPT + 2] == 1
+
+
+def test_those_on_their_way_take_nobodys_place():
+    adapters = Adapters()
+    reader = Reader(adapters.read, aside=True, kept=KEPT)
+    for number in range(1, KEPT + 1):
+        adapters.opened[number].set()
+        reader.get(request(number))
+    for number in range(10, 20):
+        assert not reader.has(request(number))
+    assert [reader.take(request(number)) for number in range(1, KEPT + 1)] == ["good"] * KEPT
+    assert all(adapters.counts[number] == 1 for number in range(1, KEPT + 1))
+    adapters.opened[10].set()
+    assert reader.take(request(10)) == "good"
+    for event in adapters.opened.values():
+        event.set()
 
 
 class Workers:
@@ -79,15 +108,26 @@ class Workers:
     def ask(self, lora: SimpleNamespace) -> Future[list[bool]]:
         self.asked.append(lora.lora_int_id)
         answer: Future[list[bool]] = Future()
-        answer.set_result([lora.lora_int_id in self.read])
+        if lora.lora_name == "bad":
+            answer.set_exception(RuntimeError("no such folder"))
+        else:
+            answer.set_result([lora.lora_int_id in self.read])
         return answer
 
 
 def test_a_request_begins_once_its_own_adapter_is_read():
     workers, handled = Workers(), []
-    can_begin = Arrivals(workers.ask, 2).before(lambda waits: handled.append(waits) or True)
-    slow, other, base = (
-        SimpleNamespace(lora_request=lora) for lora in (request(1), request(2), None)
+    failed: list[str] = []
+    arrivals = Arrivals(workers.ask, 2)
+    can_begin = arrivals.before(lambda r: handled.append(r) or True, fail=failed.append)
+    slow, other, base, lost = (
+        SimpleNamespace(lora_request=lora, request_id=name)
+        for name, lora in (
+            ("slow", request(1)),
+            ("other", request(2)),
+            ("base", None),
+            ("lost", request(3, "bad")),
+        )
     )
     workers.read = {2}
     assert [can_begin(each) for each in (slow, other, base)] == [False, False, True]
@@ -96,6 +136,8 @@ def test_a_request_begins_once_its_own_adapter_is_read():
     assert not can_begin(slow)
     assert can_begin(slow)
     assert handled == [base, other, base, slow]
+    assert [can_begin(lost), can_begin(lost), can_begin(other)] == [False, False, True]
+    assert failed == ["lost"]
 
 
 def test_of_late_adapters_nobody_is_asked():
