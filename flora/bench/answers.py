@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from itertools import cycle
 from pathlib import Path
@@ -52,16 +52,19 @@ class Checked:
         }
 
     async def expect(self, names: Iterable[str], margin: float) -> None:
-        """Take what each of them answers now, alone, to be right.
+        """Take what each of them answers now to be right.
 
         margin: as `certain_tokens` takes it.
         """
         async with self._connect() as http:
-            for name in names:
+
+            async def learn(name: str) -> None:
                 more = {"logprobs": 2, "return_tokens_as_token_ids": True}
                 choice = await self._answer(http, name, **more)
                 best = choice["logprobs"]["top_logprobs"]
                 self.expected[name] = certain_tokens(choice["token_ids"], best, margin)
+
+            await self._each(names, learn)
 
     async def work(self, names: Iterable[str]) -> None:
         """A request of each name."""
@@ -111,11 +114,14 @@ class Checked:
         return seconds
 
     async def _work(self, http: httpx.AsyncClient, names: Iterable[str]) -> None:
+        await self._each(names, lambda name: self._check(http, name, self.expected[name]))
+
+    async def _each(self, names: Iterable[str], ask: Callable[[str], Awaitable[None]]) -> None:
         left = iter(names)
 
         async def one_after_the_other() -> None:
             for name in left:
-                await self._check(http, name, self.expected[name])
+                await ask(name)
 
         await asyncio.gather(*(one_after_the_other() for _ in range(self.rows)))
 

@@ -69,9 +69,9 @@ def measure(
     mix:          what the adapters are, in turns.
     eager:        whether vLLM is kept from compiling the model.
 
-    The servers are measured in turns. What is right is what each adapter answers first, alone,
-    where all are resident. Raises UsageError for a load that cannot be, FloraError where a server
-    ends or refuses a request.
+    The servers are measured in turns. What is right is what each adapter answers first, where all
+    are resident, beside `rows - 1` others: not those of any later answer. Raises UsageError for a
+    load that cannot be, FloraError where a server ends or refuses a request.
     """
     if load.resident >= load.adapters:
         raise UsageError(f"--resident {load.resident}: fewer than the {load.adapters} adapters")

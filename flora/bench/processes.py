@@ -146,17 +146,18 @@ class Server(Child):
             command += ["--lora-modules", *(f"{n}={folder}" for n, folder in adapters.items())]
         super().__init__(name, command, environment(system) | other)
 
-    def wait(self) -> None:
+    def wait(self, seconds: float = START_SECONDS) -> None:
         """Until it answers. Raises FloraError where it does not."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise self.failure("ended")
-            with suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/health", trust_env=False).is_success:
-                    return
-            time.sleep(POLL_SECONDS)
-        raise self.failure(f"did not start within {START_SECONDS:.0f} s")
+        deadline = time.monotonic() + seconds
+        with httpx.Client(base_url=self.url, trust_env=False) as http:
+            while time.monotonic() < deadline:
+                if self.process.poll() is not None:
+                    raise self.failure("ended")
+                with suppress(httpx.HTTPError):
+                    if http.get("/health").is_success:
+                        return
+                time.sleep(POLL_SECONDS)
+        raise self.failure(f"did not start within {seconds:.0f} s")
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:

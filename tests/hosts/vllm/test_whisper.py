@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import WhisperTokenizer
 
 from flora.adapters.checkpoint import TENSORS_FILE
+from flora.bench.processes import BASE_MODEL
 from tests import zoo
 from tests.hosts.vllm.engine import NEW_TOKENS
 from tests.hosts.vllm.server import Server
@@ -27,9 +28,12 @@ SOUNDS = 3
 CLOSE = 1e-3
 """Log-probabilities of one model in two libraries, in fp32, are within this."""
 
+TOKENS = 256
+"""Of a step: five encoder's items."""
+
 OPTIONS: dict[str, Any] = {
     "skip_tokenizer_init": False,  # its processor asks for one
-    "max_num_batched_tokens": 256,  # five encoder's items
+    "max_num_batched_tokens": TOKENS,
     "max_num_seqs": 24,
 }
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,7 +44,6 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 """One of each kind, of all layers, and some of what only the audio comes through."""
 
 SERVED = ("flora3", "lora", "ia3", "dora", "encoder", "cross")
-BATCHES = ("--max-num-batched-tokens", "256")
 
 
 class Zoo:
@@ -120,12 +123,10 @@ def test_a_runner_with_another_order_is_refused_at_the_start(own, tmp_path, monk
 @pytest.fixture(scope="module")
 def server(own: Zoo) -> Iterator[Server]:
     pytest.importorskip("soundfile")
-    found = Server(own.folder, own.model, {name: own.folder / name for name in SERVED}, *BATCHES)
-    try:
+    served = {name: own.folder / name for name in SERVED}
+    with Server(own.model, served, max_num_batched_tokens=TOKENS) as found:
         found.wait()
         yield found
-    finally:
-        found.stop()
 
 
 def test_a_request_is_transcribed_by_its_own_adapter(own, server):
@@ -135,7 +136,7 @@ def test_a_request_is_transcribed_by_its_own_adapter(own, server):
         name, seed = row
         with server.client() as client:
             return client.audio.transcriptions.create(
-                model=name or "tiny",
+                model=name or BASE_MODEL,
                 file=("speech.wav", as_wav(own.sounds[seed])),
                 language="en",
                 temperature=0,
