@@ -1,8 +1,11 @@
 """Many adapters of one model on one device, paged by rank."""
 
+import mmap
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 from weakref import WeakSet
 
@@ -13,8 +16,12 @@ from flora.adapters.core import Adapter, LayerFactors
 from flora.errors import InvalidAdapterError, OutOfBudgetError, UnknownAdapterError
 from flora.ops.factors import BatchFactors, Pages
 
-GROWTH = 1.04
-"""A full pool grows to so much more than it needs: little memory idle, few copies."""
+RESERVE = {"cpu": 2.0}
+"""A full pool moves to where it has so many times the room that it needs, by the device: a CPU's
+memory is only taken as it is written to."""
+
+TIGHT = 1.04
+"""The same where memory is taken at once: little of it idle, few moves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +114,7 @@ class AdapterBank:
             self._slots.move_to_end(adapter.identity)
             return
         paged = self.paged(adapter) if isinstance(adapter, Adapter) else adapter
-        self._make_room(paged.nbytes)
+        self._make_room(paged)
         try:
             for module, parts in paged.parts.items():
                 for name, part in parts.items():
@@ -266,9 +273,10 @@ class AdapterBank:
             )
         return parts
 
-    def _make_room(self, nbytes: int) -> None:
+    def _make_room(self, paged: PagedAdapter) -> None:
         if self.budget is None:
             return
+        nbytes = paged.nbytes
         idle = [i for i, slot in self._slots.items() if not (slot.uses or slot.pinned)]
         leaving: list[str] = []
         freed = 0
@@ -283,10 +291,15 @@ class AdapterBank:
         for identity in leaving:
             self.unload(identity)
             self.evictions += 1
-        if self.held_bytes + nbytes > self.budget:
+        growth = sum(
+            self._pool(module, name).growth(part)
+            for module, parts in paged.parts.items()
+            for name, part in parts.items()
+        )
+        if self.held_bytes + growth > self.budget:
             for pools in self._pools.values():
                 for pool in pools.values():
-                    pool.resize(0)
+                    pool.compact()
 
     def _free(self, identity: str) -> None:
         for pools in self._pools.values():
@@ -305,23 +318,22 @@ class _Span:
 
 
 class _Pool:
-    """Pages of one layer: parallel tensors `[capacity, width]`, and who holds which page.
+    """Pages of one layer: parallel tensors `[room, width]`, and who holds which page.
 
     Pages that were lent are not written to until they were given back, by being forgotten.
+
+    capacity: the pages that were ever written to, the first ones.
     """
 
     def __init__(self, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.tensors = tuple(torch.empty(0, width, dtype=dtype, device=device) for width in widths)
         self.dtype = dtype
         self.page_bytes = sum(widths) * dtype.itemsize
+        self.capacity = 0
         self.held: dict[str, _Span] = {}
         self.free: list[int] = []
         self.left: list[int] = []
         self._lent: WeakSet[Pages] = WeakSet()
-
-    @property
-    def capacity(self) -> int:
-        return self.tensors[0].shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -329,20 +341,24 @@ class _Pool:
 
     def put(self, identity: str, part: _Part) -> None:
         count = len(part.tensors[0])
-        if not self._lent:
-            self.free, self.left = self.left + self.free, []
-        if count > len(self.free):
-            self.resize(count)
+        self._take_back()
+        if (more := count - len(self.free)) > 0:
+            self._extend(more)
         span = self._span([self.free.pop() for _ in range(count)], part.neutral)
         self.held[identity] = span
         for pool, tensor in zip(self.tensors, part.tensors, strict=True):
             pool[span.index] = tensor
 
+    def growth(self, part: _Part) -> int:
+        """The bytes that it takes more with these pages."""
+        self._take_back()
+        return max(0, len(part.tensors[0]) - len(self.free)) * self.page_bytes
+
     def drop(self, identity: str) -> None:
         if span := self.held.pop(identity, None):
             self.left += span.pages
         if 2 * (len(self.free) + len(self.left)) > self.capacity:
-            self.resize(0)
+            self.compact()
 
     def lend(self, identities: Iterable[str]) -> Pages | None:
         """The pages of these adapters, in order; None where they have none."""
@@ -354,28 +370,55 @@ class _Pool:
         self._lent.add(pages := Pages(self.tensors, index, neutral))
         return pages
 
-    def resize(self, more: int) -> None:
-        """Move the held pages to the front of new tensors with room for so many more."""
+    def compact(self) -> None:
+        """Move the held pages to new tensors that have room for nothing else."""
         held = [page for span in self.held.values() for page in span.pages]
-        capacity = len(held) + more
-        if more:
-            capacity = max(capacity, int(capacity * GROWTH))
-        grown = [old.new_empty(capacity, old.shape[1]) for old in self.tensors]
-        for new, old in zip(grown, self.tensors, strict=True):
-            new[: len(held)] = old[held]
-        self.tensors = tuple(grown)  # all or none: memory may run out on the way
+        self._move(len(held), held)
         moved = iter(range(len(held)))
         self.held = {
             identity: self._span([next(moved) for _ in span.pages], span.neutral)
             for identity, span in self.held.items()
         }
+        self.capacity, self.free = len(held), []
+
+    def _extend(self, more: int) -> None:
+        """Take so many more pages; none that is held moves within its tensor."""
+        old, new = self.capacity, self.capacity + more
+        if new > len(self.tensors[0]):
+            reserve = RESERVE.get(self.tensors[0].device.type, TIGHT)
+            self._move(int(new * reserve), slice(old))
         # From the back, so that pages are given in order.
-        self.free, self.left = list(reversed(range(len(held), capacity))), []
-        self._lent = WeakSet()  # what was lent lies in the old tensors
+        self.free[:0] = reversed(range(old, new))
+        self.capacity = new
+
+    def _move(self, room: int, pages: list[int] | slice) -> None:
+        """Go to new tensors with these pages in front; what was lent lies in the old ones."""
+        grown = [_room(room, old) for old in self.tensors]
+        for new, old in zip(grown, self.tensors, strict=True):
+            kept = old[pages]
+            new[: len(kept)] = kept
+        self.tensors = tuple(grown)  # all or none: memory may run out on the way
+        self._lent = WeakSet()
+        self._take_back()
+
+    def _take_back(self) -> None:
+        """What left is free, unless somebody still has pages of these tensors."""
+        if not self._lent:
+            self.free, self.left = self.left + self.free, []
 
     def _span(self, pages: list[int], neutral: tuple[bool, ...]) -> _Span:
         index = torch.tensor(pages, dtype=torch.int32, device=self.tensors[0].device)
         return _Span(pages, index, neutral)
+
+
+def _room(pages: int, like: Tensor) -> Tensor:
+    """Memory for so many pages: on a CPU the system's own, which PyTorch's does not give back."""
+    size = pages, like.shape[1]
+    if like.device.type != "cpu" or sys.platform == "win32" or not pages:
+        return like.new_empty(size)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, prod(size) * like.itemsize, flags=private)
+    return torch.frombuffer(memory, dtype=like.dtype).view(size)
 
 
 FAMILIES = {

@@ -61,7 +61,10 @@ def engine_options(
 def engines_of(
     mixes: Sequence[Sequence[Spec]], systems: Sequence[str], load: Load
 ) -> Iterator[Engine]:
-    """The base's engine, one of flora for all mixes, and one of vLLM's LoRA for each of its own."""
+    """The base's engine, one of flora for all mixes, and one of vLLM's LoRA for each of its own.
+
+    That of flora also runs without an adapter: what it costs who uses none.
+    """
     yield Engine(name="base", system="base", options={}, mixes={None: [None]})
     fitting: dict[int | None, list[str | None]] = {
         number: [
@@ -74,7 +77,8 @@ def engines_of(
     options = {"enable_lora": True, "max_loras": load.distinct}
     if "flora" in systems and fitting:
         more = {"max_cpu_loras": load.distinct * len(fitting)}
-        yield Engine(name="flora", system="flora", options=options | more, mixes=fitting)
+        own: dict[int | None, list[str | None]] = {None: [None], **fitting}
+        yield Engine(name="flora", system="flora", options=options | more, mixes=own)
     for number, mix in enumerate(mixes):
         rank = max_lora_rank(mix)
         if "vllm-lora" in systems and number in fitting and rank:

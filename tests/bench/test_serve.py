@@ -35,6 +35,7 @@ def test_an_engine_a_system_and_of_vllms_lora_one_a_mix():
     assert (base.system, base.options, base.mixes) == ("base", {}, {None: [None]})
     assert flora.options == {"enable_lora": True, "max_loras": 3, "max_cpu_loras": 12}
     assert flora.mixes == {
+        None: [None],
         0: ["0-0", "0-1", "0-2"],
         1: ["1-0", "1-1", "1-2"],
         2: [None, "2-1", None],
@@ -133,6 +134,7 @@ def test_engines_in_turns(tmp_path, monkeypatch):
     records = run(tmp_path, "--kinds", "FLORA:2,BASE+IA3,LORA:4", "--systems", "flora,vllm-lora")
     assert [(r["system"], r["kind"], r["rank"], r["rows"], r["distinct"]) for r in records] == [
         ("base", None, None, 4, 4),
+        ("flora", None, None, 4, 4),
         ("flora", "FLORA", 2, 4, 4),
         ("flora", "mixed", None, 4, 4),
         ("flora", "LORA", 4, 4, 4),
@@ -140,9 +142,10 @@ def test_engines_in_turns(tmp_path, monkeypatch):
     ]
     assert {r["load"] for r in records} == {"offline"}
     answers = [answer for answer in answers if answer != "ready"]
-    assert answers[5:] == answers[:5]
-    base, flora, mixed, lora, own_lora = answers[5:]
+    assert answers[6:] == answers[:6]
+    base, unused, flora, mixed, lora, own_lora = answers[6:]
     assert {len(tokens) for rows in answers for tokens in rows} == {8}
+    assert unused == base
     assert lora == own_lora
     assert mixed[0::2] == base[0::2]
     for rows in (flora, lora):
@@ -158,6 +161,7 @@ def test_servers_in_turns(tmp_path):
     )
     assert [(r["system"], r["kind"], r["rank"], r["distinct"]) for r in records] == [
         ("base", None, None, 6),
+        ("flora", None, None, 6),
         ("flora", "FLORA", 2, 6),
     ]
     for record in records:
