@@ -125,9 +125,6 @@ def test_what_comes_with_vllm_is_missed_in_one_line():
     assert done.stderr == "flora: this needs httpx: pip install 'flora-llm[vllm]'\n"
 
 
-# inspect
-
-
 WAITING = """
 import os, time
 from flora.bench.processes import Child
@@ -149,6 +146,9 @@ def test_a_command_that_is_told_to_end_leaves_no_process_behind():
         command.terminate()
         assert command.wait(60) == 128 + signal.SIGTERM
     assert not child.is_running()
+
+
+# inspect
 
 
 def test_inspect_shows_an_adapter(capsys, folder, tmp_path):

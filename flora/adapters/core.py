@@ -144,7 +144,7 @@ class Adapter:
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no NaN and no Inf is in any of these floats: at once, as there are hundreds."""
     filled = [tensor for tensor in tensors if tensor.numel()]
-    return not filled or bool(get_total_norm(filled, inf, foreach=True).isfinite())
+    return not filled or bool(get_total_norm(filled, inf).isfinite())
 
 
 def identity_of(kind: str, config: str, tensors: Mapping[str, Tensor]) -> str:

@@ -26,7 +26,7 @@ from transformers import get_scheduler
 
 from flora.adapters.checkpoint import Checkpoint, Params, parse_config, write_checkpoint
 from flora.adapters.config import AdapterConfig
-from flora.adapters.core import LayerFactors
+from flora.adapters.core import LayerFactors, all_finite
 from flora.adapters.kinds import get_kind
 from flora.adapters.targets import ALL_LINEAR, shortest_targets, targeted
 from flora.bank import join_factors
@@ -238,7 +238,7 @@ class JointTrainer:
         Raises FloraError where one holds NaN or Inf; then nothing is written.
         """
         for name in self.adapters.params:
-            if not all(leaf.isfinite().all() for leaf in self.adapters.leaves(name)):
+            if not all_finite(self.adapters.leaves(name)):
                 raise FloraError(f"{name} holds NaN or Inf: lower its learning rate")
         for name in self.adapters.params:
             write_checkpoint(Path(folder, name), self.adapters.checkpoint(name, base_model))

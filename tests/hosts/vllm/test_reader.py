@@ -70,12 +70,18 @@ def test_what_is_wrong_is_said_as_soon_as_it_is_read():
         reader.has(request(1, "bad"))
 
 
-def test_few_wait_and_the_oldest_is_read_again():
+def after_reading(count: int) -> tuple[Adapters, Reader[str]]:
+    """A reader that has read so many, from 1 on, of which none was taken."""
     adapters = Adapters()
     reader = Reader(adapters.read, aside=True, kept=KEPT)
-    for number in range(1, KEPT + 3):
+    for number in range(1, count + 1):
         adapters.opened[number].set()
         reader.get(request(number))
+    return adapters, reader
+
+
+def test_few_wait_and_the_oldest_is_read_again():
+    adapters, reader = after_reading(KEPT + 2)
     reader.take(request(KEPT + 2))
     reader.take(request(1))
     assert adapters.counts[1] == 2
@@ -83,11 +89,7 @@ def test_few_wait_and_the_oldest_is_read_again():
 
 
 def test_those_on_their_way_take_nobodys_place():
-    adapters = Adapters()
-    reader = Reader(adapters.read, aside=True, kept=KEPT)
-    for number in range(1, KEPT + 1):
-        adapters.opened[number].set()
-        reader.get(request(number))
+    adapters, reader = after_reading(KEPT)
     for number in range(10, 20):
         assert not reader.has(request(number))
     assert [reader.take(request(number)) for number in range(1, KEPT + 1)] == ["good"] * KEPT
