@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flora.adapters.checkpoint import Checkpoint, parse_config
 from flora.adapters.core import Adapter
@@ -12,9 +13,13 @@ from flora.adapters.kinds import get_kind
 from flora.adapters.targets import ALL_LINEAR, targeted
 from flora.base import ModelBase
 from flora.errors import UsageError
+from flora.tuner.config import input_of
 
 BASE = "BASE"
 """In place of a kind: rows without an adapter, beside others."""
+
+SHARE_INPUT = "share_input"
+"""The flag of FLoRA by which layers that read the same input have one b."""
 
 SPREAD = 0.05
 """Standard deviation around the start: every tensor moves, and the model goes on to work."""
@@ -51,16 +56,28 @@ class Spec:
         kind = get_kind(self.kind)
         _, config = parse_config(self.config())
         generator = torch.Generator().manual_seed(seed)
-        params = {}
+        params: dict[str, dict[str, Tensor]] = {}
+        shares = SHARE_INPUT in self.flags
+        alone = config.model_copy(update={SHARE_INPUT: False}) if shares else config
         for module in sorted(targeted(config, base)):
-            start = kind.init(config, module, base, generator)
+            start = kind.init(alone, module, base, generator)
             params[module] = {
                 name: value + SPREAD * torch.randn(value.shape, generator=generator)
                 for name, value in start.items()
             }
+        if shares:
+            _share_inputs(params)
         largest = (max(sizes) for sizes in zip(*(base.shapes[m] for m in params), strict=True))
         shared = config.derived(*largest) if config.shared() else {}
         return Checkpoint(kind=self.kind, config=config, params=params, shared=shared)
+
+
+def _share_inputs(params: dict[str, dict[str, Tensor]]) -> None:
+    """Give layers that read the same input the b of the first of them, as `FloraModel` does."""
+    shared: dict[tuple[str, torch.Size], Tensor] = {}
+    for module, own in params.items():
+        first = shared.setdefault((input_of(module), own["flora_B"].shape), own["flora_B"])
+        own["flora_B"] = first.clone()  # a file has each layer's own
 
 
 def parse_specs(text: str, rank: int) -> list[Spec]:

@@ -56,6 +56,17 @@ def test_unknown_kinds_and_flags_are_named(base):
         Spec("LORA", 1, ("use_nothing",)).adapter(base, 0)
 
 
+def test_layers_of_one_input_may_have_one_b(base, tmp_path):
+    checkpoint = Spec("FLORA", 2, ("share_input",)).checkpoint(base, 0)
+    write_checkpoint(tmp_path, checkpoint)
+    layers = read_checkpoint(tmp_path, base).adapter(base).layers
+    inputs = {m.rpartition(".")[2]: own.hadamard_in for m, own in layers.items() if ".0." in m}
+    torch.testing.assert_close(inputs["q_proj"], inputs["v_proj"], rtol=0, atol=0)
+    torch.testing.assert_close(inputs["gate_proj"], inputs["up_proj"], rtol=0, atol=0)
+    assert not torch.equal(inputs["q_proj"], inputs["gate_proj"])
+    assert not torch.equal(inputs["q_proj"], inputs["o_proj"])
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "LORA/use_dora"])
 def test_one_of_each_kind_is_away_from_the_identity_on_every_layer(base, kind):
     (spec,) = parse_specs(kind, 2)
