@@ -2,13 +2,15 @@
 
 import mmap
 import sys
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,37 +47,56 @@ class Resident:
     pinned: bool
 
 
-class _Ranks(NamedTuple):
-    pairs: int
-    rank: int
-    biased: bool
+class _Key(NamedTuple):
+    """What a pool is for: pages of one family and size, of whichever layers."""
+
+    family: str
+    widths: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, spec: LayerSpec, family: str) -> "_Key":
+        sizes = {"in": spec.in_features, "out": spec.out_features}
+        widths = tuple(sizes[side] for side in WIDTHS[family])
+        # Hadamard pages are kept in at least fp32.
+        exact = torch.promote_types(spec.dtype, torch.float32)
+        return cls(family, widths, exact if family == "hadamard" else spec.dtype, spec.device)
 
 
-NEUTRAL = _Ranks(0, 0, False)
+class _Place(NamedTuple):
+    """A layer's pages among those that its adapter has in one pool, and for each of the pool's
+    tensors whether it has ones in all of them."""
 
-
-class _Part(NamedTuple):
-    """Pages of one family, and for each tensor of scales whether it has ones in all of them."""
-
-    tensors: tuple[Tensor, ...]
+    first: int
+    size: int
     neutral: tuple[bool, ...]
+
+
+_Layer = tuple[_Place, ...]
+"""The places of an adapter's pages of one layer, in the order of `FAMILIES`."""
+
+NOTHING: _Layer = (_Place(0, 0, ()),) * 3
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PagedAdapter:
-    """An adapter as a bank's pools take it: all that can be checked and made ready before."""
+    """An adapter as a bank's pools take it: all that can be checked and made ready before.
+
+    pages: of all layers, one behind the other, by pool.
+    """
 
     kind: str
     identity: str
     nbytes: int
-    ranks: Mapping[str, _Ranks]
-    parts: Mapping[str, Mapping[str, _Part]]
+    layers: Mapping[str, _Layer]
+    pages: Mapping[_Key, tuple[Tensor, ...]]
 
 
 @dataclass(kw_only=True)
 class _Slot:
     kind: str
-    layers: Mapping[str, _Ranks]
+    layers: Mapping[str, _Layer]
     nbytes: int
     pinned: bool
     uses: int = 0
@@ -84,9 +105,10 @@ class _Slot:
 class AdapterBank:
     """Holds adapters by the hash of their content, each at its own ranks.
 
-    A page is one rank of one layer: a row in that layer's pools. So memory is in proportion to each
-    adapter's own rank, nothing fragments, and a batch's factors are a list of pages. What a batch
-    was lent stays as it is until the batch forgets it, whoever leaves or comes.
+    A page is one rank of one layer: a row in the pools of all layers of its size. So memory is in
+    proportion to each adapter's own rank, nothing fragments, a batch's factors are a list of pages,
+    and an adapter comes with a few copies, however many layers there are. What a batch was lent
+    stays as it is until the batch forgets it, whoever leaves or comes.
 
     layers: the model's linear layers by name.
     budget: the most bytes that adapters may take; None for no bound. Where it is full, the least
@@ -98,7 +120,7 @@ class AdapterBank:
         self.budget = budget
         self.evictions = 0
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
-        self._pools: dict[str, dict[str, _Pool]] = {}
+        self._pools: dict[_Key, _Pool] = {}
 
     def __contains__(self, identity: str) -> bool:
         return identity in self._slots
@@ -116,14 +138,13 @@ class AdapterBank:
         paged = self.paged(adapter) if isinstance(adapter, Adapter) else adapter
         self._make_room(paged)
         try:
-            for module, parts in paged.parts.items():
-                for name, part in parts.items():
-                    self._pool(module, name).put(paged.identity, part)
+            for key, tensors in paged.pages.items():
+                self._pool(key).put(paged.identity, tensors)
         except BaseException:
             self._free(paged.identity)
             raise
         self._slots[paged.identity] = _Slot(
-            kind=paged.kind, layers=paged.ranks, nbytes=paged.nbytes, pinned=pinned
+            kind=paged.kind, layers=paged.layers, nbytes=paged.nbytes, pinned=pinned
         )
 
     def paged(self, adapter: Adapter) -> PagedAdapter:
@@ -131,18 +152,22 @@ class AdapterBank:
 
         Raises InvalidAdapterError where it does not fit the model.
         """
-        parts = {
-            module: self._parts_of(module, factors) for module, factors in adapter.layers.items()
-        }
+        layers = {module: [*NOTHING] for module in adapter.layers}
+        pages = {}
+        for key, found in self._by_pool(adapter).items():
+            pages[key], ones = _join(key, found)
+            first = 0
+            for module, (tensor, *_) in found.items():
+                last = first + len(tensor)
+                neutral = tuple(all(own[first:last]) for own in ones)
+                layers[module][ORDER[key.family]] = _Place(first, len(tensor), neutral)
+                first = last
         return PagedAdapter(
             kind=adapter.kind,
             identity=adapter.identity,
-            nbytes=sum(t.nbytes for own in parts.values() for p in own.values() for t in p.tensors),
-            ranks={
-                module: _Ranks(factors.pairs, factors.rank, factors.bias is not None)
-                for module, factors in adapter.layers.items()
-            },
-            parts=parts,
+            nbytes=sum(tensor.nbytes for tensors in pages.values() for tensor in tensors),
+            layers={module: tuple(places) for module, places in layers.items()},
+            pages=pages,
         )
 
     def pin(self, identity: str) -> None:
@@ -175,19 +200,22 @@ class AdapterBank:
         identities: of each group; None for a group without an adapter.
         None where no group touches the layer. Raises UnknownAdapterError.
         """
-        ranks = [
-            NEUTRAL if i is None else self._slot(i).layers.get(module, NEUTRAL) for i in identities
+        layers = [
+            NOTHING if i is None else self._slot(i).layers.get(module, NOTHING) for i in identities
         ]
-        if all(r == NEUTRAL for r in ranks):
+        sizes, lent = {}, {}
+        for family, places in zip(FAMILIES, zip(*layers, strict=True), strict=False):
+            sizes[family] = tuple([place.size for place in places])
+            if any(sizes[family]):
+                pool = self._pools[_Key.of(self.layers[module], family)]
+                lent[family] = pool.lend(identities, places)
+        if not lent:
             return None
-        named = [identity for identity in identities if identity is not None]
-        lent = {name: pool.lend(named) for name, pool in self._pools[module].items()}
-        pairs, additive, biased = zip(*ranks, strict=True)
         return BatchFactors(
-            pairs=pairs,
-            ranks=additive,
-            biased=biased,
-            **{name: pages for name, pages in lent.items() if pages is not None},
+            pairs=sizes["hadamard"],
+            ranks=sizes["low_rank"],
+            biased=tuple(map(bool, sizes["biases"])),
+            **lent,
         )
 
     @property
@@ -212,24 +240,26 @@ class AdapterBank:
     @property
     def held_bytes(self) -> int:
         """What the pools take, free pages with them."""
-        return sum(pool.nbytes for pools in self._pools.values() for pool in pools.values())
+        return sum(pool.nbytes for pool in self._pools.values())
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless free + held = total in every pool, for just the residents."""
-        for module, pools in self._pools.items():
-            for name, pool in pools.items():
-                held = [page for span in pool.held.values() for page in span.pages]
-                if sorted([*pool.free, *pool.left, *held]) != list(range(pool.capacity)):
-                    raise RuntimeError(f"{module} {name}: free and held pages are not the pool")
-                expected = {
-                    i for i, slot in self._slots.items() if _count(slot.layers.get(module), name)
-                }
-                if set(pool.held) != expected:
-                    raise RuntimeError(f"{module} {name}: pages of adapters that are not resident")
+        expected: dict[_Key, Counter[str]] = defaultdict(Counter)
+        for identity, slot in self._slots.items():
+            for module, layer in slot.layers.items():
+                for family, place in zip(FAMILIES, layer, strict=True):
+                    if place.size:
+                        key = _Key.of(self.layers[module], family)
+                        expected[key][identity] += place.size
+        for key, pool in self._pools.items():
+            held = [page for pages in pool.held.values() for page in pages.tolist()]
+            if sorted([*pool.free, *pool.left, *held]) != list(range(pool.capacity)):
+                raise RuntimeError(f"{key}: free and held pages are not the pool")
+            if {i: len(pages) for i, pages in pool.held.items()} != expected[key]:
+                raise RuntimeError(f"{key}: pages of adapters that are not resident")
         held_bytes = sum(
             pool.page_bytes * (pool.capacity - len(pool.free) - len(pool.left))
-            for pools in self._pools.values()
-            for pool in pools.values()
+            for pool in self._pools.values()
         )
         if held_bytes != self.used_bytes:
             raise RuntimeError(
@@ -241,37 +271,26 @@ class AdapterBank:
             raise UnknownAdapterError(f"adapter {identity[:12]} is not resident; load it first")
         return self._slots[identity]
 
-    def _pool(self, module: str, name: str) -> "_Pool":
-        pools = self._pools.setdefault(module, {})
-        if name not in pools:
-            spec = self.layers[module]
-            pools[name] = _Pool(_widths(spec, name), _dtype(spec, name), spec.device)
-        return pools[name]
+    def _pool(self, key: _Key) -> "_Pool":
+        if key not in self._pools:
+            self._pools[key] = _Pool(key)
+        return self._pools[key]
 
-    def _parts_of(self, module: str, factors: LayerFactors) -> dict[str, _Part]:
-        """One layer's. Raises InvalidAdapterError where they do not fit the model."""
-        spec = self.layers.get(module)
-        if spec is None:
-            raise InvalidAdapterError(f"{module}: the model has no such linear layer")
-        parts = {}
-        for name, tensors in _families(factors).items():
-            found, expected = [t.shape[1] for t in tensors], _widths(spec, name)
-            if found != expected:
-                raise InvalidAdapterError(
-                    f"{module} {name}: found widths {found}, expected {expected}"
-                )
-            dtype = _dtype(spec, name)
-            for tensor in tensors:
-                if tensor.dtype != dtype and tensor.abs().max() > torch.finfo(dtype).max:
-                    kind = str(dtype).removeprefix("torch.")
+    def _by_pool(self, adapter: Adapter) -> dict[_Key, dict[str, list[Tensor]]]:
+        """An adapter's pages by pool and layer. Raises InvalidAdapterError for other sizes."""
+        pools: dict[_Key, dict[str, list[Tensor]]] = defaultdict(dict)
+        for module, factors in adapter.layers.items():
+            spec = self.layers.get(module)
+            if spec is None:
+                raise InvalidAdapterError(f"{module}: the model has no such linear layer")
+            for family, tensors in _families(factors).items():
+                key, found = _Key.of(spec, family), [t.shape[1] for t in tensors]
+                if found != [*key.widths]:
                     raise InvalidAdapterError(
-                        f"{module} {name}: {float(tensor.abs().max()):g} is beyond {kind}"
+                        f"{module} {family}: found widths {found}, expected {[*key.widths]}"
                     )
-            parts[name] = _Part(
-                tuple(tensor.detach().to(spec.device, dtype) for tensor in tensors),
-                tuple(name == "hadamard" and bool((t == 1).all()) for t in tensors),
-            )
-        return parts
+                pools[key][module] = tensors
+        return pools
 
     def _make_room(self, paged: PagedAdapter) -> None:
         if self.budget is None:
@@ -291,46 +310,33 @@ class AdapterBank:
         for identity in leaving:
             self.unload(identity)
             self.evictions += 1
-        growth = sum(
-            self._pool(module, name).growth(part)
-            for module, parts in paged.parts.items()
-            for name, part in parts.items()
-        )
+        growth = sum(self._pool(key).growth(len(pages[0])) for key, pages in paged.pages.items())
         if self.held_bytes + growth > self.budget:
-            for pools in self._pools.values():
-                for pool in pools.values():
-                    pool.compact()
+            for pool in self._pools.values():
+                pool.compact()
 
     def _free(self, identity: str) -> None:
-        for pools in self._pools.values():
-            for pool in pools.values():
-                pool.drop(identity)
-
-
-@dataclass(frozen=True)
-class _Span:
-    """An adapter's pages in a pool, also as a tensor, and for each of the pool's tensors whether it
-    has ones in all of them."""
-
-    pages: list[int]
-    index: Tensor
-    neutral: tuple[bool, ...]
+        for pool in self._pools.values():
+            pool.drop(identity)
 
 
 class _Pool:
-    """Pages of one layer: parallel tensors `[room, width]`, and who holds which page.
+    """Pages of one size: parallel tensors `[room, width]`, and who holds which page.
 
     Pages that were lent are not written to until they were given back, by being forgotten.
 
     capacity: the pages that were ever written to, the first ones.
+    held:     the pages of each adapter, int32, in the order of its layers.
+    free, left: the pages that nobody holds: those to be written to, and those that may be lent.
     """
 
-    def __init__(self, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        self.tensors = tuple(torch.empty(0, width, dtype=dtype, device=device) for width in widths)
-        self.dtype = dtype
-        self.page_bytes = sum(widths) * dtype.itemsize
+    def __init__(self, key: _Key) -> None:
+        self.tensors = tuple(
+            torch.empty(0, width, dtype=key.dtype, device=key.device) for width in key.widths
+        )
+        self.page_bytes = sum(key.widths) * key.dtype.itemsize
         self.capacity = 0
-        self.held: dict[str, _Span] = {}
+        self.held: dict[str, np.ndarray] = {}
         self.free: list[int] = []
         self.left: list[int] = []
         self._lent: WeakSet[Pages] = WeakSet()
@@ -339,45 +345,50 @@ class _Pool:
     def nbytes(self) -> int:
         return self.capacity * self.page_bytes
 
-    def put(self, identity: str, part: _Part) -> None:
-        count = len(part.tensors[0])
+    def put(self, identity: str, tensors: tuple[Tensor, ...]) -> None:
+        count = len(tensors[0])
         self._take_back()
         if (more := count - len(self.free)) > 0:
             self._extend(more)
-        span = self._span([self.free.pop() for _ in range(count)], part.neutral)
-        self.held[identity] = span
-        for pool, tensor in zip(self.tensors, part.tensors, strict=True):
-            pool[span.index] = tensor
+        pages = np.array([self.free.pop() for _ in range(count)], dtype=np.int32)
+        self.held[identity] = pages
+        index = self._index(pages)
+        for pool, tensor in zip(self.tensors, tensors, strict=True):
+            pool[index] = tensor
 
-    def growth(self, part: _Part) -> int:
-        """The bytes that it takes more with these pages."""
+    def growth(self, count: int) -> int:
+        """The bytes that it takes more with so many pages."""
         self._take_back()
-        return max(0, len(part.tensors[0]) - len(self.free)) * self.page_bytes
+        return max(0, count - len(self.free)) * self.page_bytes
 
     def drop(self, identity: str) -> None:
-        if span := self.held.pop(identity, None):
-            self.left += span.pages
+        if (pages := self.held.pop(identity, None)) is not None:
+            self.left += pages.tolist()
         if 2 * (len(self.free) + len(self.left)) > self.capacity:
             self.compact()
 
-    def lend(self, identities: Iterable[str]) -> Pages | None:
-        """The pages of these adapters, in order; None where they have none."""
-        spans = [span for identity in identities if (span := self.held.get(identity))]
-        if not spans:
-            return None
-        index = torch.cat([span.index for span in spans])
-        neutral = tuple(map(all, zip(*(span.neutral for span in spans), strict=True)))
-        self._lent.add(pages := Pages(self.tensors, index, neutral))
+    def lend(self, identities: Sequence[str | None], places: Sequence[_Place]) -> Pages:
+        """The pages at these places of adapters, in order; there is one at least."""
+        # Of thousands of slices torch takes ten times as long.
+        index = np.concatenate(
+            [
+                self.held[identity][first : first + size]
+                for identity, (first, size, _) in zip(identities, places, strict=True)
+                if identity is not None and size
+            ]
+        )
+        neutral = tuple(map(all, zip(*[own for _, size, own in places if size], strict=True)))
+        self._lent.add(pages := Pages(self.tensors, self._index(index), neutral))
         return pages
 
     def compact(self) -> None:
         """Move the held pages to new tensors that have room for nothing else."""
-        held = [page for span in self.held.values() for page in span.pages]
+        held = [page for pages in self.held.values() for page in pages.tolist()]
         self._move(len(held), held)
-        moved = iter(range(len(held)))
+        ends = accumulate(len(pages) for pages in self.held.values())
         self.held = {
-            identity: self._span([next(moved) for _ in span.pages], span.neutral)
-            for identity, span in self.held.items()
+            identity: np.arange(end - len(pages), end, dtype=np.int32)
+            for (identity, pages), end in zip(self.held.items(), ends, strict=True)
         }
         self.capacity, self.free = len(held), []
 
@@ -406,9 +417,8 @@ class _Pool:
         if not self._lent:
             self.free, self.left = self.left + self.free, []
 
-    def _span(self, pages: list[int], neutral: tuple[bool, ...]) -> _Span:
-        index = torch.tensor(pages, dtype=torch.int32, device=self.tensors[0].device)
-        return _Span(pages, index, neutral)
+    def _index(self, pages: np.ndarray) -> Tensor:
+        return torch.from_numpy(pages).to(self.tensors[0].device)
 
 
 def _room(pages: int, like: Tensor) -> Tensor:
@@ -428,17 +438,35 @@ FAMILIES = {
 }
 """The parts whose pages belong together, by their names in `BatchFactors`."""
 
+ORDER = {family: number for number, family in enumerate(FAMILIES)}
+
 WIDTHS = {"hadamard": ("in", "out"), "low_rank": ("in", "out"), "biases": ("out",)}
 
 
-def _widths(spec: LayerSpec, name: str) -> list[int]:
-    sizes = {"in": spec.in_features, "out": spec.out_features}
-    return [sizes[side] for side in WIDTHS[name]]
+@torch.no_grad()
+def _join(
+    key: _Key, found: Mapping[str, Sequence[Tensor]]
+) -> tuple[tuple[Tensor, ...], list[list[bool]]]:
+    """The pages of layers, one behind the other, and for each tensor which of them are ones.
 
-
-def _dtype(spec: LayerSpec, name: str) -> torch.dtype:
-    """Hadamard pages are kept in at least fp32."""
-    return torch.promote_types(spec.dtype, torch.float32) if name == "hadamard" else spec.dtype
+    Raises InvalidAdapterError where a number is beyond the pool's type.
+    """
+    joined, ones = [], []
+    for parts in zip(*found.values(), strict=True):
+        pages = torch.cat([part.to(key.device) for part in parts])
+        limit = torch.finfo(key.dtype).max
+        if pages.dtype != key.dtype and pages.abs().max() > limit:
+            module, largest = next(
+                (module, largest)
+                for module, part in zip(found, parts, strict=True)
+                if (largest := float(part.abs().max())) > limit
+            )
+            kind = str(key.dtype).removeprefix("torch.")
+            raise InvalidAdapterError(f"{module} {key.family}: {largest:g} is beyond {kind}")
+        joined.append(pages.to(key.dtype))
+        is_scale = key.family == "hadamard"
+        ones.append((pages == 1).all(dim=1).tolist() if is_scale else [False] * len(pages))
+    return tuple(joined), ones
 
 
 def _families(factors: LayerFactors) -> dict[str, list[Tensor]]:
@@ -452,11 +480,6 @@ def _families(factors: LayerFactors) -> dict[str, list[Tensor]]:
         for name, parts in found.items()
         if parts
     }
-
-
-def _count(ranks: _Ranks | None, name: str) -> int:
-    counts = {"hadamard": "pairs", "low_rank": "rank", "biases": "biased"}
-    return 0 if ranks is None else int(getattr(ranks, counts[name]))
 
 
 def join_factors(layers: Sequence[LayerFactors | None], dtype: torch.dtype) -> BatchFactors:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from flora import bank as bank_module
 from flora.adapters.core import Adapter, LayerFactors
-from flora.bank import AdapterBank, LayerSpec, _Pool, join_factors
+from flora.bank import AdapterBank, LayerSpec, _Key, _Pool, join_factors
 from flora.base import ModelBase
 from flora.bench.adapters import parse_specs
 from flora.commands.bench import MIXED
@@ -20,7 +20,7 @@ from flora.ops.adapted_linear import prepare
 from tests import zoo
 from tests.helpers import random_factors
 
-SIZES = {"up": (7, 5), "down": (5, 7), "square": (6, 6)}
+SIZES = {"up": (7, 5), "twin": (7, 5), "down": (5, 7), "square": (6, 6)}
 CPU = torch.device("cpu")
 
 
@@ -43,6 +43,11 @@ def adapter(identity, layers=("up", "down"), *, pairs=1, rank=0, bias=False):
             for name in layers
         },
     )
+
+
+def pool_of(bank):
+    """That of the Hadamard pages of "up" and its twin."""
+    return bank._pools[_Key.of(bank.layers["up"], "hadamard")]
 
 
 def assert_same(found, expected):
@@ -271,12 +276,12 @@ def test_pages_are_used_again_when_no_batch_has_them():
     bank = AdapterBank(specs())
     for name in ("1", "2", "3"):
         bank.load(adapter(name, pairs=2))
-    tensors = bank._pools["up"]["hadamard"].tensors
+    tensors = pool_of(bank).tensors
     lent = bank.factors("up", ["1"])
     del lent
     bank.unload("1")
     bank.load(adapter("4", pairs=2))
-    assert bank._pools["up"]["hadamard"].tensors is tensors
+    assert pool_of(bank).tensors is tensors
     lent = bank.factors("up", ["2"])
     bank.unload("2")
     bank.load(adapter("5", pairs=2))
@@ -291,7 +296,7 @@ def test_a_pool_moves_seldom():
     rooms = set()
     for n in range(200):
         bank.load(adapter(str(n), pairs=3))
-        pool = bank._pools["up"]["hadamard"]
+        pool = pool_of(bank)
         rooms.add(len(pool.tensors[0]))
         assert pool.capacity == 3 * (n + 1)
         assert bank.held_bytes == bank.used_bytes
@@ -304,12 +309,27 @@ def test_a_full_budget_does_not_move_the_pools():
     bank = AdapterBank(specs(), budget=4 * size)
     for n in range(4):
         bank.load(adapter(str(n), pairs=2))
-    tensors = bank._pools["up"]["hadamard"].tensors
+    tensors = pool_of(bank).tensors
     for n in range(4, 20):
         bank.load(adapter(str(n), pairs=2))
-        assert bank._pools["up"]["hadamard"].tensors is tensors
+        assert pool_of(bank).tensors is tensors
         assert bank.held_bytes == 4 * size
     assert_holds(bank, [adapter(str(n), pairs=2) for n in range(16, 20)])
+
+
+def test_layers_of_one_size_share_their_pools():
+    """So an adapter comes with few copies, and what one layer leaves another one takes."""
+    bank = AdapterBank(specs())
+    up, twin = adapter("1", ["up"], pairs=2), adapter("2", ["twin"], pairs=2)
+    bank.load(up)
+    bank.load(adapter("3", ["up", "twin", "square"], pairs=1))
+    assert len(bank._pools) == 2
+    tensors, capacity = pool_of(bank).tensors, pool_of(bank).capacity
+    bank.unload("1")
+    bank.load(twin)
+    assert pool_of(bank).tensors is tensors
+    assert pool_of(bank).capacity == capacity == 4
+    assert_holds(bank, [adapter("3", ["up", "twin", "square"], pairs=1), twin])
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
@@ -352,10 +372,9 @@ def test_a_slot_that_is_used_again_holds_nothing_of_its_last_tenant():
     three = adapter("3", pairs=2)
     bank.load(three)
     assert_holds(bank, [adapter("2", pairs=1), three])
-    for pools in bank._pools.values():
-        for pool in pools.values():
-            for tensor in pool.tensors:
-                tensor[pool.free] = float("nan")
+    for pool in bank._pools.values():
+        for tensor in pool.tensors:
+            tensor[pool.free] = float("nan")
     assert_holds(bank, [adapter("2", pairs=1), three])
 
 
@@ -398,14 +417,14 @@ def test_only_residents_can_be_used():
 def test_the_check_notices(damage):
     bank = AdapterBank(specs())
     bank.load(adapter("1", pairs=2))
-    pool = bank._pools["up"]["hadamard"]
+    pool = pool_of(bank)
     whole = pool.held["1"]
     if damage == "leak":
-        pool.held["1"] = replace(whole, pages=whole.pages[:1])
+        pool.held["1"] = whole[:1]
     elif damage == "double":
-        pool.free.append(whole.pages[0])
+        pool.free.append(int(whole[0]))
     else:
-        pool.held |= {"1": replace(whole, pages=[0]), "2": replace(whole, pages=[1])}
+        pool.held |= {"1": whole[:1], "2": whole[1:]}
     with pytest.raises(RuntimeError):
         bank.check_integrity()
     pool.held = {"1": whole}

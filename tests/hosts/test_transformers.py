@@ -505,9 +505,7 @@ def test_a_batch_gives_its_pages_back_as_soon_as_it_is_over(zoo):
     try:
         model.generate(tokens(), **GREEDY, adapter_names=NAMES)
         model(tokens(), adapter_names=NAMES)
-        lent = [
-            pages for pools in bank._pools.values() for p in pools.values() for pages in p._lent
-        ]
+        lent = [pages for pool in bank._pools.values() for pages in pool._lent]
     finally:
         gc.enable()
     assert lent == []
