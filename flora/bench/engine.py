@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 Task = Callable[[Any], Any]
 
 
@@ -23,21 +25,24 @@ def main() -> None:
         answers.flush()
 
     job = json.loads(sys.stdin.readline())
-    work = client() if job is None else engine(**job)
-    answer("ready")
+    work, ready = (client(), None) if job is None else engine(**job)
+    answer(ready)
     for line in sys.stdin:
         answer(work(json.loads(line)))
 
 
-def engine(options: dict[str, Any], prompts: list[list[int]], new_tokens: int) -> Task:
+def engine(
+    options: dict[str, Any], prompts: list[list[int]], new_tokens: int
+) -> tuple[Task, int | None]:
     """An engine that answers the prompts, all at once, each time that it is asked.
 
     options: of `LLM`.
     prompts: token ids.
 
     A task is each row's adapter, `[name, number, folder]`, or None for the base; its answer are the
-    rows' new tokens.
+    rows' new tokens. With it comes how many threads the model computes in, on a CPU.
     """
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for a function to the engine's process
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -52,7 +57,12 @@ def engine(options: dict[str, Any], prompts: list[list[int]], new_tokens: int) -
         outputs = llm.generate(rows, sampling, lora_request=requests, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    return generate
+    threads: list[int | None] = llm.collective_rpc(_threads)
+    return generate, threads[0]
+
+
+def _threads(worker: Any) -> int | None:
+    return torch.get_num_threads() if worker.device.type == "cpu" else None
 
 
 def client() -> Task:

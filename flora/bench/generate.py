@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -16,26 +16,12 @@ from flora.adapters.checkpoint import write_checkpoint
 from flora.adapters.core import Adapter
 from flora.base import ModelBase
 from flora.bench.adapters import BASE, Spec
-from flora.bench.limit import bandwidth, synchronize
+from flora.bench.limit import Further, Load, products, sizes_of, synchronize
 from flora.bench.sharing import keep_flags, share_weights
 from flora.bench.turns import check_systems, measure_in_turns, speed_ratio
-from flora.ops.plan import MODULATION_TOKENS
 
 SYSTEMS = ("flora", "peft", "peft-one")
 """What is measured beside the base: flora; PEFT's mixed batch; PEFT with one adapter for all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What is generated: rows of so many random prompt tokens, and so many new ones for each.
-
-    distinct: different adapters in the batch; the rows take them in turns.
-    """
-
-    rows: int
-    distinct: int
-    prompt_tokens: int
-    new_tokens: int
 
 
 def measure(
@@ -64,8 +50,9 @@ def measure(
         base = ModelBase(plain)
         runs = {"base": _generates(plain, load)}
         records: list[dict[str, Any]] = [
-            {"system": "base", "kind": None, "rank": None, "run": "base", "limit": (Counter(), 0)}
+            {"system": "base", "kind": None, "rank": None, "run": "base"}
         ]
+        limits = {"base": Further(products=Counter(), nbytes=0)}
         adapters: dict[str, Adapter] = {}
         for number, mix in enumerate(mixes):
             if len(mix) > load.distinct:
@@ -81,11 +68,13 @@ def measure(
                 adapters |= made
                 numbered = [f"{number}-{i}" for i in range(load.distinct)]
                 rows = _rows([name if name in made else None for name in numbered], load)
-                limit = _limit(made, rows, load, base)
+                sizes = {name: sizes_of(adapter.layers) for name, adapter in made.items()}
+                further = Further.of(sizes, rows, load, base)
                 runs[run := f"flora {number}"] = _generates(model, load, rows)
-                for tokens in limit[0]:
-                    runs.setdefault(_products_run(tokens), _products(base, tokens))
-                records.append({"system": "flora", "run": run, "limit": limit} | facts)
+                limits[run] = further
+                for tokens in further.products:
+                    runs.setdefault(_products_of(tokens), products(base, tokens))
+                records.append({"system": "flora", "run": run} | facts)
             for system in systems:
                 if (loaded := _in_peft(system, mix, load, plain, base)) is not None:
                     names = list(loaded.peft_config)
@@ -96,69 +85,29 @@ def measure(
             flora.attach(model, adapters)
             stack.callback(flora.detach, model)
         seconds = measure_in_turns(runs, repeats=repeats, after_turn=after_turn)
+    of_products = {
+        tokens: seconds[_products_of(tokens)]
+        for further in limits.values()
+        for tokens in further.products
+    }
     for record in records:
-        found = seconds[record.pop("run")]
+        found = seconds[run := record.pop("run")]
         record["tokens_per_second"] = load.rows * load.new_tokens / median(found)
         record["ratio_to_base"] = speed_ratio(found, seconds["base"])
-        if "limit" in record:
-            products, bytes_read = record.pop("limit")
-            parts = [seconds["base"], [bytes_read / bandwidth(model.device)] * len(found)]
-            for tokens, times in products.items():
-                parts.append([times * s for s in seconds[_products_run(tokens)]])
-            limits = [sum(of_turn) for of_turn in zip(*parts, strict=True)]
-            record["ratio_to_limit"] = speed_ratio(found, limits)
+        if run in limits:
+            record["ratio_to_limit"] = limits[run].ratio(
+                found, seconds["base"], of_products, model.device
+            )
         record |= asdict(load) | {"dtype": str(model.dtype).removeprefix("torch.")} | record
     return records
 
 
-def _rows(names: Sequence[str | None], load: Load) -> list[str | None]:
-    return [names[row % len(names)] for row in range(load.rows)]
-
-
-def _limit(
-    adapters: dict[str, Adapter], rows: Sequence[str | None], load: Load, base: ModelBase
-) -> tuple[Counter[int], int]:
-    """What the base does not do: products of W0 by their tokens, less its own, and bytes to read.
-
-    For each pair its own product, if that is faster; or else each adapter's modulated weights. A
-    batch reads its factors once a forward.
-    """
-    layers = [adapter.layers for adapter in adapters.values()]
-    factors = sum(t.nbytes for own in layers for f in own.values() for _, t in f.parts())
-    copies = [adapters[name].layers if name in adapters else {} for name in rows]
-    pairs = max(sum(max(1, own[m].pairs) if m in own else 1 for own in copies) for m in layers[0])
-    if load.prompt_tokens * (pairs - load.rows) <= MODULATION_TOKENS * load.distinct:
-        products: Counter[int] = Counter()
-        for tokens, times in ((load.prompt_tokens, 1), (1, load.new_tokens - 1)):
-            products[pairs * tokens] += times
-            products[load.rows * tokens] -= times
-        more = Counter({tokens: times for tokens, times in products.items() if times})
-        return more, load.new_tokens * factors
-    sizes = {m: base.specs[m].dtype.itemsize * o * i for m, (o, i) in base.shapes.items()}
-    modulated = sum(sizes[m] for own in layers for m, f in own.items() if f.pairs > 1)
-    return Counter(), load.new_tokens * (factors + modulated)
-
-
-def _products_run(tokens: int) -> str:
+def _products_of(tokens: int) -> str:
     return f"products of {tokens} tokens"
 
 
-def _products(base: ModelBase, tokens: int) -> Callable[[], None]:
-    """A function that takes once the product of each layer but the head."""
-    layers = [layer for name, layer in base.layers.items() if name != base.head]
-    spec = next(iter(base.specs.values()))
-    inputs = {
-        width: torch.randn(tokens, width).to(spec.device, spec.dtype)
-        for width in {layer.in_features for layer in layers}
-    }
-
-    def run() -> None:
-        with torch.inference_mode():
-            for layer in layers:
-                layer.product(inputs[layer.in_features])
-        synchronize(spec.device)
-
-    return run
+def _rows(names: Sequence[str | None], load: Load) -> list[str | None]:
+    return [names[row % len(names)] for row in range(load.rows)]
 
 
 def _in_peft(

@@ -1,14 +1,127 @@
-"""What a device's memory sets: the speed of what reads it, and what a process holds of it."""
+"""What no system can beat: the base's time with W0's further products and what has to be read.
+
+And what a process holds of a device's memory.
+"""
 
 import re
 import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from flora.adapters.core import LayerFactors
+from flora.base import ModelBase
+from flora.bench.turns import speed_ratio
+from flora.ops.plan import MODULATION_TOKENS
+
 BYTES = 1 << 28
 REPEATS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is generated: so many new tokens to so many random ones of a prompt.
+
+    rows:     all that is generated at once; of a server the most that it runs at once, or 8 where
+              they are fewer.
+    distinct: different adapters; the rows of a batch take them in turns.
+    """
+
+    rows: int
+    distinct: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+class Size(NamedTuple):
+    """Of an adapter's factors in one layer: how many pairs, and bytes of all."""
+
+    pairs: int
+    nbytes: int
+
+
+def sizes_of(layers: Mapping[str, LayerFactors]) -> dict[str, Size]:
+    """Of an adapter's layers, by name."""
+    return {name: Size(own.pairs, own.nbytes) for name, own in layers.items()}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Further:
+    """What a generation with adapters does at least that the base's does not.
+
+    products: of all layers but the head by their tokens, less the base's own.
+    nbytes:   to be read.
+    """
+
+    products: Counter[int]
+    nbytes: int
+
+    @classmethod
+    def of(
+        cls,
+        adapters: Mapping[str, Mapping[str, Size]],
+        rows: Sequence[str | None],
+        load: Load,
+        base: ModelBase,
+    ) -> "Further":
+        """For each pair a product of its own, or each adapter's modulated W0, whichever is faster.
+
+        A batch reads its factors once a forward.
+
+        adapters: by name, those of all rows.
+        rows:     each row's adapter; None for the base.
+        """
+        layers = [*adapters.values()]
+        factors = sum(size.nbytes for own in layers for size in own.values())
+        copies = [{} if name is None else adapters[name] for name in rows]
+        pairs = max(
+            sum(max(1, own[m].pairs) if m in own else 1 for own in copies) for m in layers[0]
+        )
+        if load.prompt_tokens * (pairs - load.rows) <= MODULATION_TOKENS * load.distinct:
+            products: Counter[int] = Counter()
+            for tokens, times in ((load.prompt_tokens, 1), (1, load.new_tokens - 1)):
+                products[pairs * tokens] += times
+                products[load.rows * tokens] -= times
+            more = Counter({tokens: times for tokens, times in products.items() if times})
+            return cls(products=more, nbytes=load.new_tokens * factors)
+        weights = {m: base.specs[m].dtype.itemsize * o * i for m, (o, i) in base.shapes.items()}
+        modulated = sum(weights[m] for own in layers for m, size in own.items() if size.pairs > 1)
+        return cls(products=Counter(), nbytes=load.new_tokens * (factors + modulated))
+
+    def ratio(
+        self,
+        own: Sequence[float],
+        base: Sequence[float],
+        of_products: Mapping[int, Sequence[float]],
+        device: torch.device,
+    ) -> float:
+        """How fast a system is beside the limit, from the seconds of each turn."""
+        parts = [base, [self.nbytes / bandwidth(device)] * len(own)]
+        parts += [[n * s for s in of_products[tokens]] for tokens, n in self.products.items()]
+        return speed_ratio(own, [sum(of_turn) for of_turn in zip(*parts, strict=True)])
+
+
+def products(base: ModelBase, tokens: int) -> Callable[[], None]:
+    """A function that takes once the product of each layer but the head."""
+    layers = [layer for name, layer in base.layers.items() if name != base.head]
+    spec = next(iter(base.specs.values()))
+    inputs = {
+        width: torch.randn(tokens, width).to(spec.device, spec.dtype)
+        for width in {layer.in_features for layer in layers}
+    }
+
+    def run() -> None:
+        with torch.inference_mode():
+            for layer in layers:
+                layer.product(inputs[layer.in_features])
+        synchronize(spec.device)
+
+    return run
 
 
 @cache

@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,9 +18,11 @@ from flora.base import ModelBase
 from flora.bench.adapters import BASE, Spec
 from flora.bench.environment import vllm_version
 from flora.bench.generate import facts_of
+from flora.bench.limit import Further, Load, Size, products, sizes_of
 from flora.bench.processes import BASE_MODEL, IDLE_SECONDS, Server, Worker
-from flora.bench.systems import SYSTEMS, Engine, Load, engine_options, engines_of
+from flora.bench.systems import SYSTEMS, Engine, engine_options, engines_of
 from flora.bench.turns import check_systems, measure_in_turns, speed_ratio
+from flora.errors import UsageError
 from flora.hosts.loading import load_model
 
 SPARE_TOKENS = 16
@@ -32,6 +34,13 @@ and as vLLM's client does."""
 
 Figures = dict[str, float]
 Run = Callable[[], Figures]
+
+
+class Started(NamedTuple):
+    """A system's runs, one for each of its mixes, and on a CPU, offline, the threads it takes."""
+
+    runs: Sequence[Run]
+    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +57,12 @@ class Traffic:
 
 
 class Written(NamedTuple):
-    """Adapters' folders by their names, and of the model the type of its weights and how many
-    tokens it knows."""
+    """Adapters' folders and sizes by their names, and of the model its layers, the type of its
+    weights and how many tokens it knows."""
 
     folders: dict[str, Path]
+    sizes: dict[str, dict[str, Size]]
+    base: ModelBase
     dtype: str
     vocabulary: int
 
@@ -102,23 +113,71 @@ def measure(
             client = stack.enter_context(Worker("vLLM's client", "base"))
             client.ask(None)
             start = partial(_online, options, written, load, stack, traffic, client)
-        records: list[dict[str, Any]] = []
-        turns: dict[str, list[Figures]] = {}
-        runs: dict[str, Callable[[], None]] = {}
-        for engine in engines:
-            for number, run in start(engine).items():
+        (base_run, *_), threads = start(engines[0])
+        beside: dict[str, Beside] = {}
+        for engine in engines[1:]:
+            for (number, names), own in zip(engine.mixes.items(), start(engine).runs, strict=True):
                 facts = {"kind": None, "rank": None} if number is None else facts_of(mixes[number])
-                records.append({"system": engine.system} | facts)
-                turns[name := f"{engine.name}, mix {number}"] = []
-                runs[name] = partial(_keep, turns[name], run)
-        measure_in_turns(runs, repeats=repeats, after_turn=after_turn)
+                further = None
+                if threads and number is not None:
+                    sizes = {name: written.sizes[name] for name in names if name}
+                    rows = [names[row % len(names)] for row in range(load.rows)]
+                    further = Further.of(sizes, rows, load, written.base)
+                beside[f"{engine.name}, mix {number}"] = Beside(
+                    facts={"system": engine.system} | facts, base=base_run, own=own, further=further
+                )
+        if not beside:
+            raise UsageError(f"{', '.join(systems)}: none of them runs one of these mixes")
+        more = {tokens for own in beside.values() if own.further for tokens in own.further.products}
+        of_tokens = {tokens: f"products of {tokens} tokens" for tokens in more}
+        runs: dict[str, Callable[[], None]] = dict(beside)
+        for tokens, name in of_tokens.items():
+            runs[name] = partial(_in_threads, threads, products(written.base, tokens))
+        seconds = measure_in_turns(runs, repeats=repeats, after_turn=after_turn)
     settings = asdict(load) | {"dtype": written.dtype, "eager": eager, "vllm": vllm}
     settings |= {"load": "offline"} if traffic is None else {"load": "online"} | asdict(traffic)
-    base, *_ = turns.values()
-    return [
-        settings | record | summary(own[1:], base[1:])
-        for record, own in zip(records, turns.values(), strict=True)
-    ]
+    of_product = {tokens: seconds[name] for tokens, name in of_tokens.items()}
+    records = [own.record(load, of_product) for own in beside.values()]
+    of_base = [base for own in beside.values() for base, _ in own.turns[1:]]
+    base_record = {"system": "base", "kind": None, "rank": None} | summary(of_base, of_base)
+    return [settings | record for record in [base_record, *records]]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Beside:
+    """A system with one mix, each run of it with one of the base in front: a turn of many systems
+    takes minutes, in which a machine may change its speed.
+
+    facts:   that a record begins with.
+    further: offline on a CPU, what its limit has beside the base's time.
+    turns:   the base's figures and its own.
+    """
+
+    facts: dict[str, Any]
+    base: Run
+    own: Run
+    further: Further | None
+    turns: list[tuple[Figures, Figures]] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        time.sleep(IDLE_SECONDS)
+        base = self.base()
+        time.sleep(IDLE_SECONDS)
+        self.turns.append((base, self.own()))
+
+    def record(self, load: Load, of_product: Mapping[int, Sequence[float]]) -> dict[str, Any]:
+        """Of the turns that count, as those of W0's products by their tokens."""
+        base, own = zip(*self.turns[1:], strict=True)
+        record = self.facts | summary(own, base)
+        if self.further is not None:
+            own_seconds, base_seconds = (
+                [load.rows * load.new_tokens / turn["tokens_per_second"] for turn in turns]
+                for turns in (own, base)
+            )
+            record["ratio_to_limit"] = self.further.ratio(
+                own_seconds, base_seconds, of_product, torch.device("cpu")
+            )
+        return record
 
 
 def write_adapters(
@@ -128,10 +187,14 @@ def write_adapters(
     loaded, _ = load_model(model, dtype)
     base = ModelBase(loaded)
     folders = {name: folder / name for name, (spec, _) in specs.items() if spec.kind != BASE}
+    sizes = {}
     for name, path in folders.items():
         spec, seed = specs[name]
-        write_checkpoint(path, spec.checkpoint(base, seed))
-    return Written(folders, str(loaded.dtype).removeprefix("torch."), loaded.config.vocab_size)
+        checkpoint = spec.checkpoint(base, seed)
+        sizes[name] = sizes_of(checkpoint.fill(base))
+        write_checkpoint(path, checkpoint)
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    return Written(folders, sizes, base, dtype, loaded.config.vocab_size)
 
 
 def zipf(requests: int, distinct: int, exponent: float, seed: int = 0) -> list[int]:
@@ -147,19 +210,24 @@ def summary(own: Sequence[Figures], base: Sequence[Figures]) -> Figures:
     return figures | {"ratio_to_base": speed_ratio(own_times, base_times)}
 
 
-def _keep(turns: list[Figures], run: Run) -> None:
-    time.sleep(IDLE_SECONDS)
-    turns.append(run())
+def _in_threads(threads: int | None, run: Callable[[], None]) -> None:
+    """A run in as many threads as an engine has; None for as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        run()
+    finally:
+        torch.set_num_threads(before)
 
 
 def _offline(
     options: dict[str, Any], written: Written, load: Load, stack: ExitStack, engine: Engine
-) -> dict[int | None, Run]:
+) -> Started:
     """All rows at once, in a process of the engine's own."""
     worker = stack.enter_context(Worker(f"the engine {engine.name}", engine.system))
     generator = torch.Generator().manual_seed(0)
     size = load.rows, load.prompt_tokens
-    worker.ask(
+    threads = worker.ask(
         {
             "options": options | engine.options,
             "prompts": torch.randint(written.vocabulary, size, generator=generator).tolist(),
@@ -174,14 +242,14 @@ def _offline(
         seconds = time.perf_counter() - start
         return {"tokens_per_second": sum(map(len, answers)) / seconds}
 
-    runs: dict[int | None, Run] = {}
-    for mix, names in engine.mixes.items():
+    runs = []
+    for names in engine.mixes.values():
         adapters = [
             None if name is None else [name, numbers[name], str(written.folders[name])]
             for name in names
         ]
-        runs[mix] = partial(run, [adapters[row % len(adapters)] for row in range(load.rows)])
-    return runs
+        runs.append(partial(run, [adapters[row % len(adapters)] for row in range(load.rows)]))
+    return Started(runs, threads)
 
 
 def _online(
@@ -192,7 +260,7 @@ def _online(
     traffic: Traffic,
     client: Worker,
     engine: Engine,
-) -> dict[int | None, Run]:
+) -> Started:
     """Requests to a server, by vLLM's own client."""
     own = [name for names in engine.mixes.values() for name in names if name]
     server = stack.enter_context(
@@ -224,8 +292,8 @@ def _online(
             figures[f"p99_{name}_seconds"] = found[f"p99_{theirs}_ms"] / 1e3
         return figures
 
-    runs: dict[int | None, Run] = {}
-    for mix, names in engine.mixes.items():
+    runs = []
+    for names in engine.mixes.values():
         drawn = zipf(traffic.requests, len(names), traffic.zipf)
-        runs[mix] = partial(run, [names[i] or BASE_MODEL for i in drawn])
-    return runs
+        runs.append(partial(run, [names[i] or BASE_MODEL for i in drawn]))
+    return Started(runs)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flora.bench.adapters import BASE, Spec
+from flora.bench.limit import Load
 
 SYSTEMS = ("flora", "vllm-lora")
 """What is measured beside vLLM without adapters: the plugin; vLLM's own LoRA."""
@@ -13,21 +14,6 @@ MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `max_lora_rank`."""
 
 LEAST_SEQUENCES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What is generated: so many new tokens to so many random ones of a prompt.
-
-    rows:     offline, all that is generated at once; the most that a server runs at once, or 8
-              where they are fewer.
-    distinct: different adapters; offline the rows take them in turns.
-    """
-
-    rows: int
-    distinct: int
-    prompt_tokens: int
-    new_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,12 +147,13 @@ def generate(
     Systems: flora; peft, its mixed batch; peft-one, one adapter for all rows.
     """
     from flora.bench import generate as study
+    from flora.bench.limit import Load
     from flora.commands.progress import progress
 
     batches = _batches(rows, distinct)
     mixes = _mixes(kinds, ranks, batches)
     loads = [
-        study.Load(rows=r, distinct=d, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        Load(rows=r, distinct=d, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         for r, d in batches
     ]
     loaded = _load(model, dtype)
@@ -251,7 +252,7 @@ def serve(
     Systems: flora, the plugin; vllm-lora, vLLM's own LoRA, of LoRA alone.
     """
     from flora.bench import serve as study
-    from flora.bench.systems import Load
+    from flora.bench.limit import Load
     from flora.commands.progress import progress
 
     traffic = None
@@ -276,7 +277,7 @@ def serve(
     _keep(records, "serve", model, as_json)
     columns = ("system", "kind", "rank", "rows", "distinct")
     figures = {"tokens_per_second": SPEED, "ratio_to_base": RATIO}
-    _print(records, columns, figures | (LATENCIES if traffic else {}))
+    _print(records, columns, figures | (LATENCIES if traffic else {"ratio_to_limit": LIMIT}))
 
 
 @app.command()

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import flora
-from flora.base import ModelBase
 from flora.bench.adapters import parse_specs
-from flora.bench.generate import Load, _limit, measure
+from flora.bench.generate import measure
+from flora.bench.limit import Load
 from flora.cli import main
 from flora.errors import UsageError
 from flora.hosts.transformers import HOST
@@ -115,19 +115,6 @@ def test_base_rows_beside_others_and_mixes_that_fit():
     records = measure(zoo.build("Llama"), mixes, load, repeats=1)
     assert [r.get("mix") for r in records] == [None, "BASE+LORA:1"]
     assert records[1]["ratio_to_limit"] > 0
-
-
-def test_a_long_prompt_is_held_against_the_modulated_weights():
-    base = ModelBase(zoo.build("Llama"))
-    made = {str(seed): parse_specs("FLORA:4", 1)[0].adapter(base, seed) for seed in range(2)}
-    rows = ["0", "1", "0"]
-    factors = sum(t.nbytes for a in made.values() for f in a.layers.values() for _, t in f.parts())
-    steps = Load(rows=3, distinct=2, prompt_tokens=4, new_tokens=3)
-    more = {48: 1, 12: 2 - 1, 3: -2}  # a step's copies are as many as the prompt's tokens
-    assert _limit(made, rows, steps, base) == (more, 3 * factors)
-    prompts = Load(rows=3, distinct=2, prompt_tokens=512, new_tokens=1)
-    weights = sum(4 * o * i for m, (o, i) in base.shapes.items() if m != base.head)
-    assert _limit(made, rows, prompts, base) == ({}, factors + 2 * weights)
 
 
 def test_the_command(tmp_path, capsys):

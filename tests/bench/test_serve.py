@@ -7,9 +7,10 @@ import pytest
 
 from flora.bench import environment
 from flora.bench.adapters import parse_specs
+from flora.bench.limit import Load
 from flora.bench.processes import Worker
 from flora.bench.serve import LATENCIES, measure, summary, zipf
-from flora.bench.systems import Load, engine_options, engines_of, max_lora_rank
+from flora.bench.systems import engine_options, engines_of, max_lora_rank
 from flora.cli import main
 from flora.errors import UsageError
 from tests import zoo
@@ -141,9 +142,13 @@ def test_engines_in_turns(tmp_path, monkeypatch):
         ("vllm-lora", "LORA", 4, 4, 4),
     ]
     assert {r["load"] for r in records} == {"offline"}
-    answers = [answer for answer in answers if answer != "ready"]
-    assert answers[6:] == answers[:6]
-    base, unused, flora, mixed, lora, own_lora = answers[6:]
+    assert all("ratio_to_limit" in r for r in records if r["kind"])
+    threads, answers = answers[:3], answers[3:]
+    assert len({*threads}) == 1
+    assert answers[10:] == answers[:10]
+    # Each run of a system with one of the base in front.
+    (base, *others), (unused, flora, mixed, lora, own_lora) = answers[0:10:2], answers[1:10:2]
+    assert others == [base] * 4
     assert {len(tokens) for rows in answers for tokens in rows} == {8}
     assert unused == base
     assert lora == own_lora
