@@ -2,10 +2,9 @@
 
 import mmap
 import sys
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 from weakref import WeakSet
@@ -64,39 +63,32 @@ class _Key(NamedTuple):
         return cls(family, widths, exact if family == "hadamard" else spec.dtype, spec.device)
 
 
-class _Place(NamedTuple):
-    """A layer's pages among those that its adapter has in one pool, and for each of the pool's
-    tensors whether it has ones in all of them."""
+class _Part(NamedTuple):
+    """An adapter's pages in one pool, layer by layer.
 
-    first: int
-    size: int
-    neutral: tuple[bool, ...]
+    layers: the number of each page's layer among the pool's, `[pages]`.
+    ones:   whether each page is ones, for each of the pool's tensors `[tensors, pages]`.
+    """
 
-
-_Layer = tuple[_Place, ...]
-"""The places of an adapter's pages of one layer, in the order of `FAMILIES`."""
-
-NOTHING: _Layer = (_Place(0, 0, ()),) * 3
+    tensors: tuple[Tensor, ...]
+    layers: np.ndarray
+    ones: np.ndarray
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PagedAdapter:
-    """An adapter as a bank's pools take it: all that can be checked and made ready before.
-
-    pages: of all layers, one behind the other, by pool.
-    """
+    """An adapter as a bank's pools take it: all that can be checked and made ready before."""
 
     kind: str
     identity: str
     nbytes: int
-    layers: Mapping[str, _Layer]
-    pages: Mapping[_Key, tuple[Tensor, ...]]
+    parts: Mapping[_Key, _Part]
 
 
 @dataclass(kw_only=True)
 class _Slot:
     kind: str
-    layers: Mapping[str, _Layer]
+    pages: Mapping[_Key, int]
     nbytes: int
     pinned: bool
     uses: int = 0
@@ -121,6 +113,12 @@ class AdapterBank:
         self.evictions = 0
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._pools: dict[_Key, _Pool] = {}
+        self._numbers: dict[_Key, dict[str, int]] = defaultdict(dict)
+        for module, spec in layers.items():
+            for family in FAMILIES:
+                own = self._numbers[_Key.of(spec, family)]
+                own[module] = len(own)
+        self._last: tuple[tuple[str | None, ...], dict[_Key, _Laid]] | None = None
 
     def __contains__(self, identity: str) -> bool:
         return identity in self._slots
@@ -138,13 +136,17 @@ class AdapterBank:
         paged = self.paged(adapter) if isinstance(adapter, Adapter) else adapter
         self._make_room(paged)
         try:
-            for key, tensors in paged.pages.items():
-                self._pool(key).put(paged.identity, tensors)
+            for key, part in paged.parts.items():
+                self._pool(key).put(paged.identity, part)
         except BaseException:
             self._free(paged.identity)
             raise
+        self._last = None
         self._slots[paged.identity] = _Slot(
-            kind=paged.kind, layers=paged.layers, nbytes=paged.nbytes, pinned=pinned
+            kind=paged.kind,
+            pages={key: len(part.layers) for key, part in paged.parts.items()},
+            nbytes=paged.nbytes,
+            pinned=pinned,
         )
 
     def paged(self, adapter: Adapter) -> PagedAdapter:
@@ -152,22 +154,24 @@ class AdapterBank:
 
         Raises InvalidAdapterError where it does not fit the model.
         """
-        layers = {module: [*NOTHING] for module in adapter.layers}
-        pages = {}
-        for key, found in self._by_pool(adapter).items():
-            pages[key], ones = _join(key, found)
-            first = 0
-            for module, (tensor, *_) in found.items():
-                last = first + len(tensor)
-                neutral = tuple(all(own[first:last]) for own in ones)
-                layers[module][ORDER[key.family]] = _Place(first, len(tensor), neutral)
-                first = last
+        pools: dict[_Key, dict[str, list[Tensor]]] = defaultdict(dict)
+        for module, factors in adapter.layers.items():
+            spec = self.layers.get(module)
+            if spec is None:
+                raise InvalidAdapterError(f"{module}: the model has no such linear layer")
+            for family, tensors in _families(factors).items():
+                key, found = _Key.of(spec, family), [t.shape[1] for t in tensors]
+                if found != [*key.widths]:
+                    raise InvalidAdapterError(
+                        f"{module} {family}: found widths {found}, expected {[*key.widths]}"
+                    )
+                pools[key][module] = tensors
+        parts = {key: self._part(key, layers) for key, layers in pools.items()}
         return PagedAdapter(
             kind=adapter.kind,
             identity=adapter.identity,
-            nbytes=sum(tensor.nbytes for tensors in pages.values() for tensor in tensors),
-            layers={module: tuple(places) for module, places in layers.items()},
-            pages=pages,
+            nbytes=sum(tensor.nbytes for part in parts.values() for tensor in part.tensors),
+            parts=parts,
         )
 
     def pin(self, identity: str) -> None:
@@ -200,15 +204,19 @@ class AdapterBank:
         identities: of each group; None for a group without an adapter.
         None where no group touches the layer. Raises UnknownAdapterError.
         """
-        layers = [
-            NOTHING if i is None else self._slot(i).layers.get(module, NOTHING) for i in identities
-        ]
-        sizes, lent = {}, {}
-        for family, places in zip(FAMILIES, zip(*layers, strict=True), strict=False):
-            sizes[family] = tuple([place.size for place in places])
+        named = tuple(identities)
+        if self._last is None or self._last[0] != named:
+            # The layers of a batch are asked for one after the other.
+            self._last = named, self._lay(named)
+        sizes, lent = dict.fromkeys(FAMILIES, (0,) * len(named)), {}
+        for family in FAMILIES:
+            key = _Key.of(self.layers[module], family)
+            if (laid := self._last[1].get(key)) is None:
+                continue
+            number = self._numbers[key][module]
+            sizes[family] = laid.sizes[number]
             if any(sizes[family]):
-                pool = self._pools[_Key.of(self.layers[module], family)]
-                lent[family] = pool.lend(identities, places)
+                lent[family] = self._pools[key].lend(laid, number)
         if not lent:
             return None
         return BatchFactors(
@@ -244,18 +252,12 @@ class AdapterBank:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless free + held = total in every pool, for just the residents."""
-        expected: dict[_Key, Counter[str]] = defaultdict(Counter)
-        for identity, slot in self._slots.items():
-            for module, layer in slot.layers.items():
-                for family, place in zip(FAMILIES, layer, strict=True):
-                    if place.size:
-                        key = _Key.of(self.layers[module], family)
-                        expected[key][identity] += place.size
         for key, pool in self._pools.items():
-            held = [page for pages in pool.held.values() for page in pages.tolist()]
+            held = [page for span in pool.held.values() for page in span.pages.tolist()]
             if sorted([*pool.free, *pool.left, *held]) != list(range(pool.capacity)):
                 raise RuntimeError(f"{key}: free and held pages are not the pool")
-            if {i: len(pages) for i, pages in pool.held.items()} != expected[key]:
+            expected = {i: slot.pages[key] for i, slot in self._slots.items() if key in slot.pages}
+            if {i: len(span.pages) for i, span in pool.held.items()} != expected:
                 raise RuntimeError(f"{key}: pages of adapters that are not resident")
         held_bytes = sum(
             pool.page_bytes * (pool.capacity - len(pool.free) - len(pool.left))
@@ -276,21 +278,39 @@ class AdapterBank:
             self._pools[key] = _Pool(key)
         return self._pools[key]
 
-    def _by_pool(self, adapter: Adapter) -> dict[_Key, dict[str, list[Tensor]]]:
-        """An adapter's pages by pool and layer. Raises InvalidAdapterError for other sizes."""
-        pools: dict[_Key, dict[str, list[Tensor]]] = defaultdict(dict)
-        for module, factors in adapter.layers.items():
-            spec = self.layers.get(module)
-            if spec is None:
-                raise InvalidAdapterError(f"{module}: the model has no such linear layer")
-            for family, tensors in _families(factors).items():
-                key, found = _Key.of(spec, family), [t.shape[1] for t in tensors]
-                if found != [*key.widths]:
-                    raise InvalidAdapterError(
-                        f"{module} {family}: found widths {found}, expected {[*key.widths]}"
-                    )
-                pools[key][module] = tensors
-        return pools
+    @torch.no_grad()
+    def _part(self, key: _Key, layers: Mapping[str, Sequence[Tensor]]) -> _Part:
+        """The pages of these layers. Raises InvalidAdapterError where one is beyond their type."""
+        limit = torch.finfo(key.dtype).max
+        joined = []
+        for tensors in zip(*layers.values(), strict=True):
+            pages = torch.cat([tensor.to(key.device) for tensor in tensors])
+            if pages.dtype != key.dtype and pages.abs().max() > limit:
+                largest = {m: float(t.abs().max()) for m, t in zip(layers, tensors, strict=True)}
+                module = next(m for m, found in largest.items() if found > limit)
+                kind = str(key.dtype).removeprefix("torch.")
+                raise InvalidAdapterError(
+                    f"{module} {key.family}: {largest[module]:g} is beyond {kind}"
+                )
+            joined.append(pages.to(key.dtype))
+        numbers = [self._numbers[key][module] for module in layers]
+        is_scale = key.family == "hadamard"
+        return _Part(
+            tensors=tuple(joined),
+            layers=np.repeat(numbers, [len(own[0]) for own in layers.values()]),
+            ones=np.array([((t == 1).all(dim=1) & is_scale).tolist() for t in joined]),
+        )
+
+    def _lay(self, identities: tuple[str | None, ...]) -> dict[_Key, "_Laid"]:
+        """The batch's pages in each pool that it has some in. Raises UnknownAdapterError."""
+        laid = {}
+        for identity in identities:
+            if identity is not None:
+                self._slot(identity)
+        for key, pool in self._pools.items():
+            if groups := [(g, i) for g, i in enumerate(identities) if i and i in pool.held]:
+                laid[key] = pool.lay(groups, (len(self._numbers[key]), len(identities)))
+        return laid
 
     def _make_room(self, paged: PagedAdapter) -> None:
         if self.budget is None:
@@ -310,14 +330,38 @@ class AdapterBank:
         for identity in leaving:
             self.unload(identity)
             self.evictions += 1
-        growth = sum(self._pool(key).growth(len(pages[0])) for key, pages in paged.pages.items())
+        growth = sum(self._pool(key).growth(len(p.layers)) for key, p in paged.parts.items())
         if self.held_bytes + growth > self.budget:
             for pool in self._pools.values():
                 pool.compact()
 
     def _free(self, identity: str) -> None:
+        self._last = None
         for pool in self._pools.values():
             pool.drop(identity)
+
+
+class _Span(NamedTuple):
+    """An adapter's pages in a pool, int32, and what `_Part` says of them."""
+
+    pages: np.ndarray
+    layers: np.ndarray
+    ones: np.ndarray
+
+
+class _Laid(NamedTuple):
+    """A batch's pages in a pool, layer by layer, and in each layer group by group.
+
+    pages:   of all layers.
+    ends:    where those of each layer begin, and behind the last where they end.
+    sizes:   of each layer how many each group has.
+    neutral: of each layer for each of the pool's tensors, whether it has ones in all of them.
+    """
+
+    pages: Tensor
+    ends: list[int]
+    sizes: list[tuple[int, ...]]
+    neutral: list[tuple[bool, ...]]
 
 
 class _Pool:
@@ -326,7 +370,7 @@ class _Pool:
     Pages that were lent are not written to until they were given back, by being forgotten.
 
     capacity: the pages that were ever written to, the first ones.
-    held:     the pages of each adapter, int32, in the order of its layers.
+    held:     the pages of each adapter.
     free, left: the pages that nobody holds: those to be written to, and those that may be lent.
     """
 
@@ -336,7 +380,7 @@ class _Pool:
         )
         self.page_bytes = sum(key.widths) * key.dtype.itemsize
         self.capacity = 0
-        self.held: dict[str, np.ndarray] = {}
+        self.held: dict[str, _Span] = {}
         self.free: list[int] = []
         self.left: list[int] = []
         self._lent: WeakSet[Pages] = WeakSet()
@@ -345,15 +389,15 @@ class _Pool:
     def nbytes(self) -> int:
         return self.capacity * self.page_bytes
 
-    def put(self, identity: str, tensors: tuple[Tensor, ...]) -> None:
-        count = len(tensors[0])
+    def put(self, identity: str, part: _Part) -> None:
+        count = len(part.layers)
         self._take_back()
         if (more := count - len(self.free)) > 0:
             self._extend(more)
         pages = np.array([self.free.pop() for _ in range(count)], dtype=np.int32)
-        self.held[identity] = pages
+        self.held[identity] = _Span(pages, part.layers, part.ones)
         index = self._index(pages)
-        for pool, tensor in zip(self.tensors, tensors, strict=True):
+        for pool, tensor in zip(self.tensors, part.tensors, strict=True):
             pool[index] = tensor
 
     def growth(self, count: int) -> int:
@@ -362,34 +406,46 @@ class _Pool:
         return max(0, count - len(self.free)) * self.page_bytes
 
     def drop(self, identity: str) -> None:
-        if (pages := self.held.pop(identity, None)) is not None:
-            self.left += pages.tolist()
+        if span := self.held.pop(identity, None):
+            self.left += span.pages.tolist()
         if 2 * (len(self.free) + len(self.left)) > self.capacity:
             self.compact()
 
-    def lend(self, identities: Sequence[str | None], places: Sequence[_Place]) -> Pages:
-        """The pages at these places of adapters, in order; there is one at least."""
-        # Of thousands of slices torch takes ten times as long.
-        index = np.concatenate(
-            [
-                self.held[identity][first : first + size]
-                for identity, (first, size, _) in zip(identities, places, strict=True)
-                if identity is not None and size
-            ]
+    def lay(self, groups: Sequence[tuple[int, str]], sizes: tuple[int, int]) -> _Laid:
+        """The pages of these groups' adapters.
+
+        groups: the number of each, and its adapter, which has pages here.
+        sizes:  of layers, and of all groups.
+        """
+        # At once for all layers: these are thousands of pages, of which a step waits.
+        spans = [self.held[identity] for _, identity in groups]
+        pages, layers = (np.concatenate([span[i] for span in spans]) for i in (0, 1))
+        ones = np.concatenate([span.ones for span in spans], axis=1)
+        group = np.repeat([number for number, _ in groups], [len(span.pages) for span in spans])
+        count = np.bincount(layers * sizes[1] + group, minlength=sizes[0] * sizes[1]).reshape(sizes)
+        others = [np.bincount(layers[~own], minlength=sizes[0]) for own in ones]
+        return _Laid(
+            pages=self._index(pages[np.argsort(layers, kind="stable")]),
+            ends=[0, *count.sum(axis=1).cumsum().tolist()],
+            sizes=[tuple(own) for own in count.tolist()],
+            neutral=[tuple(own) for own in (np.stack(others, axis=1) == 0).tolist()],
         )
-        neutral = tuple(map(all, zip(*[own for _, size, own in places if size], strict=True)))
-        self._lent.add(pages := Pages(self.tensors, self._index(index), neutral))
+
+    def lend(self, laid: _Laid, layer: int) -> Pages:
+        """One layer's pages."""
+        index = laid.pages[laid.ends[layer] : laid.ends[layer + 1]]
+        self._lent.add(pages := Pages(self.tensors, index, laid.neutral[layer]))
         return pages
 
     def compact(self) -> None:
         """Move the held pages to new tensors that have room for nothing else."""
-        held = [page for pages in self.held.values() for page in pages.tolist()]
+        held = [page for span in self.held.values() for page in span.pages.tolist()]
         self._move(len(held), held)
-        ends = accumulate(len(pages) for pages in self.held.values())
-        self.held = {
-            identity: np.arange(end - len(pages), end, dtype=np.int32)
-            for (identity, pages), end in zip(self.held.items(), ends, strict=True)
-        }
+        first = 0
+        for identity, span in self.held.items():
+            last = first + len(span.pages)
+            self.held[identity] = span._replace(pages=np.arange(first, last, dtype=np.int32))
+            first = last
         self.capacity, self.free = len(held), []
 
     def _extend(self, more: int) -> None:
@@ -438,35 +494,7 @@ FAMILIES = {
 }
 """The parts whose pages belong together, by their names in `BatchFactors`."""
 
-ORDER = {family: number for number, family in enumerate(FAMILIES)}
-
 WIDTHS = {"hadamard": ("in", "out"), "low_rank": ("in", "out"), "biases": ("out",)}
-
-
-@torch.no_grad()
-def _join(
-    key: _Key, found: Mapping[str, Sequence[Tensor]]
-) -> tuple[tuple[Tensor, ...], list[list[bool]]]:
-    """The pages of layers, one behind the other, and for each tensor which of them are ones.
-
-    Raises InvalidAdapterError where a number is beyond the pool's type.
-    """
-    joined, ones = [], []
-    for parts in zip(*found.values(), strict=True):
-        pages = torch.cat([part.to(key.device) for part in parts])
-        limit = torch.finfo(key.dtype).max
-        if pages.dtype != key.dtype and pages.abs().max() > limit:
-            module, largest = next(
-                (module, largest)
-                for module, part in zip(found, parts, strict=True)
-                if (largest := float(part.abs().max())) > limit
-            )
-            kind = str(key.dtype).removeprefix("torch.")
-            raise InvalidAdapterError(f"{module} {key.family}: {largest:g} is beyond {kind}")
-        joined.append(pages.to(key.dtype))
-        is_scale = key.family == "hadamard"
-        ones.append((pages == 1).all(dim=1).tolist() if is_scale else [False] * len(pages))
-    return tuple(joined), ones
 
 
 def _families(factors: LayerFactors) -> dict[str, list[Tensor]]:

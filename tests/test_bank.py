@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -420,11 +421,12 @@ def test_the_check_notices(damage):
     pool = pool_of(bank)
     whole = pool.held["1"]
     if damage == "leak":
-        pool.held["1"] = whole[:1]
+        pool.held["1"] = whole._replace(pages=whole.pages[:1])
     elif damage == "double":
-        pool.free.append(int(whole[0]))
+        pool.free.append(int(whole.pages[0]))
     else:
-        pool.held |= {"1": whole[:1], "2": whole[1:]}
+        first, second = (whole._replace(pages=pages) for pages in np.split(whole.pages, 2))
+        pool.held |= {"1": first, "2": second}
     with pytest.raises(RuntimeError):
         bank.check_integrity()
     pool.held = {"1": whole}
