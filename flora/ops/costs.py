@@ -59,7 +59,7 @@ _known: dict[_Layer, Costs] = {}
 def layer_costs(weight_OI: Tensor, backend: str, *, grad: bool) -> Costs:
     """The costs in seconds of layers like this one; with `grad` those of forward and backward.
 
-    Where they are not known yet they are measured: in less than a second, or a few for a large layer.
+    Where they are not known yet they are measured: in less than a second, a large layer in a few.
     """
     O, I = weight_OI.shape  # noqa: E741
     device = weight_OI.device
