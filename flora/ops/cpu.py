@@ -107,10 +107,13 @@ class PreparedLinear:
         expand(self.job_at, x_at, copies_at)
         return copies_TNI
 
-    def multiply(self, copies_TNI: Tensor) -> Tensor:
-        """Their product with W0, `[T, N, out]`."""
+    def multiply(self, copies_TNI: Tensor, to_TNO: Tensor | None = None) -> Tensor:
+        """Their product with W0, `[T, N, out]`; if W0 is modulated, in memory that is given."""
         if self.weight is not None:
-            return self._modulated_product(copies_TNI, self.weight)
+            if to_TNO is None:
+                to_TNO = copies_TNI.new_empty(self.product_shape)
+            self._multiply_modulated(copies_TNI, self.weight, to_TNO)
+            return to_TNO
         product_TNO = self.base(copies_TNI)
         return product_TNO if self.pure else self.job.check(product_TNO)
 
@@ -120,15 +123,14 @@ class PreparedLinear:
             return torch.empty(self.copies_shape, dtype=self.job.dtype)
         return scratch("copies", self.copies_shape, self.job.dtype)
 
-    def _modulated_product(self, copies_TNI: Tensor, weight_OI: Tensor) -> Tensor:
+    def _multiply_modulated(self, copies_TNI: Tensor, weight_OI: Tensor, to_TNO: Tensor) -> None:
         """Some copies by W0, and each segment's by W0 as its pages modulate it."""
-        product_TNO = copies_TNI.new_empty(self.product_shape)
         scratch_OI = scratch("weight", weight_OI.shape, weight_OI.dtype)
 
         def multiply(first: int, count: int, by_OI: Tensor) -> None:
             part = slice(first, first + count)
-            copies, product = copies_TNI[part].flatten(0, 1), product_TNO[part].flatten(0, 1)
-            torch.mm(copies, by_OI.T, out=product)
+            copies, to = copies_TNI[part].flatten(0, 1), to_TNO[part].flatten(0, 1)
+            torch.mm(copies, by_OI.T, out=to)
 
         if plain := self.segments[0][0]:
             multiply(0, plain, weight_OI)
@@ -136,7 +138,6 @@ class PreparedLinear:
         for first, count, first_page, pages in self.segments:
             modulate(self.job_at, first_page, pages, weight_at, scratch_at)
             multiply(first, count, scratch_OI)
-        return product_TNO
 
 
 class MergedLinear:
@@ -176,6 +177,12 @@ class MergedLinear:
             for layer, first in zip(own, firsts, strict=True)
             if layer.contracts or not (self.whole and self.in_place)
         ]
+        # The columns of a layer whose product is its result.
+        self.columns = {
+            layer: slice(first, first + size)
+            for layer, first, size in zip(own, firsts, sizes, strict=True)
+            if layer.segments and not layer.contracts
+        }
 
     def __call__(self, x_SNI: Tensor) -> Tensor:
         """y, `[S, N, Σ out]`."""
@@ -185,7 +192,11 @@ class MergedLinear:
             y_SNO = x_SNI.new_empty(self.y_shape)
             y_at = y_SNO.data_ptr()
             for layer, job_at, bias_at, first in self.parts:
-                product_TNO = layer.multiply(layer.expand(x_SNI, x_at))
+                copies_TNI = layer.expand(x_SNI, x_at)
+                if columns := self.columns.get(layer):
+                    layer.multiply(copies_TNI, y_SNO[..., columns])
+                    continue
+                product_TNO = layer.multiply(copies_TNI)
                 contract(job_at, product_TNO.data_ptr(), x_at, bias_at, y_at + first)
             return y_SNO
         y_SNO = product_TNO = self.base(self.layers[0].expand(x_SNI, x_at))
