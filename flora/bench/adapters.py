@@ -13,7 +13,6 @@ from flora.adapters.kinds import get_kind
 from flora.adapters.targets import ALL_LINEAR, targeted
 from flora.base import ModelBase
 from flora.errors import UsageError
-from flora.tuner.config import input_of
 
 BASE = "BASE"
 """In place of a kind: rows without an adapter, beside others."""
@@ -74,6 +73,8 @@ class Spec:
 
 def _share_inputs(params: dict[str, dict[str, Tensor]]) -> None:
     """Give layers that read the same input the b of the first of them, as `FloraModel` does."""
+    from flora.tuner.config import input_of
+
     shared: dict[tuple[str, torch.Size], Tensor] = {}
     for module, own in params.items():
         first = shared.setdefault((input_of(module), own["flora_B"].shape), own["flora_B"])
