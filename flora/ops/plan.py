@@ -107,7 +107,7 @@ class Plan:
     grad:        whether a backward may follow.
     passes:      the activation side; several of them add up.
     recompute:   whether the backward takes the passes again, and so nothing of their size is kept.
-    weight_side: groups whose W0 is modulated.
+    weight_side: groups whose W0 is modulated, in the order of their first rows.
     additive:    rows of equal rank together.
     bias:        each row's page in the batch's biases, the page behind the last being the layer's
                  own; None where all rows keep that.
@@ -181,7 +181,8 @@ def make_plan(
                 _all_or(tuple(rows_of[group]), len(rows)),
                 tuple(range(first_page[group], first_page[group] + pairs[group])),
             )
-            for group in sorted(modulated)
+            for group in rows_of  # whose rows need not be moved then, if each has its own
+            if group in modulated
         ),
         additive=_additive(rows, ranks),
         bias=_bias(rows, biased),

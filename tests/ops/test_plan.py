@@ -14,6 +14,7 @@ from flora.ops.plan import (
     Segment,
     make_plan,
 )
+from flora.ops.table import make_table
 
 
 def plan(rows, pairs, ranks=None, biased=None, **settings) -> Plan:
@@ -109,6 +110,16 @@ def test_a_group_moves_where_that_lowers_the_sum():
     # The deepest goes first, and then the other's copies are few enough to stay.
     both = plan([0] * 4 + [1] * 4, [2, 8], costs=flat)
     assert [segment.pages for segment in both.weight_side] == [tuple(range(2, 10))]
+
+
+def test_segments_are_in_the_order_of_the_rows():
+    """So rows whose groups stand together are not moved, whichever number each group has."""
+    rows, pairs = [2, 2, 0, 0, 1], [4, 3, 2]
+    forced = plan(rows, pairs, costs=WEIGHT_SIDE)
+    assert [segment.rows for segment in forced.weight_side] == [(0, 1), (2, 3), (4,)]
+    nothing = (0, 0, 0)
+    table = make_table(forced, tuple(pairs), nothing, nothing, torch.device("cpu"))
+    assert table.in_order
 
 
 def test_a_side_can_be_forced():
