@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -57,11 +57,10 @@ class Traffic:
 
 
 class Written(NamedTuple):
-    """Adapters' folders and sizes by their names, and of the model its layers, the type of its
-    weights and how many tokens it knows."""
+    """Adapters' folders by their names, and of the model its layers, the type of its weights and
+    how many tokens it knows."""
 
     folders: dict[str, Path]
-    sizes: dict[str, dict[str, Size]]
     base: ModelBase
     dtype: str
     vocabulary: int
@@ -113,6 +112,11 @@ def measure(
             client = stack.enter_context(Worker("vLLM's client", "base"))
             client.ask(None)
             start = partial(_online, options, written, load, stack, traffic, client)
+
+        @cache
+        def sizes(spec: Spec) -> dict[str, Size]:
+            return sizes_of(spec.adapter(written.base, 0).layers)
+
         (base_run, *_), threads = start(engines[0])
         beside: dict[str, Beside] = {}
         for engine in engines[1:]:
@@ -120,9 +124,9 @@ def measure(
                 facts = {"kind": None, "rank": None} if number is None else facts_of(mixes[number])
                 further = None
                 if threads and number is not None:
-                    sizes = {name: written.sizes[name] for name in names if name}
+                    made = {name: sizes(specs[name][0]) for name in names if name}
                     rows = [names[row % len(names)] for row in range(load.rows)]
-                    further = Further.of(sizes, rows, load, written.base)
+                    further = Further.of(made, rows, load, written.base)
                 beside[f"{engine.name}, mix {number}"] = Beside(
                     facts={"system": engine.system} | facts, base=base_run, own=own, further=further
                 )
@@ -187,14 +191,11 @@ def write_adapters(
     loaded, _ = load_model(model, dtype)
     base = ModelBase(loaded)
     folders = {name: folder / name for name, (spec, _) in specs.items() if spec.kind != BASE}
-    sizes = {}
     for name, path in folders.items():
         spec, seed = specs[name]
-        checkpoint = spec.checkpoint(base, seed)
-        sizes[name] = sizes_of(checkpoint.fill(base))
-        write_checkpoint(path, checkpoint)
+        write_checkpoint(path, spec.checkpoint(base, seed))
     dtype = str(loaded.dtype).removeprefix("torch.")
-    return Written(folders, sizes, base, dtype, loaded.config.vocab_size)
+    return Written(folders, base, dtype, loaded.config.vocab_size)
 
 
 def zipf(requests: int, distinct: int, exponent: float, seed: int = 0) -> list[int]:
