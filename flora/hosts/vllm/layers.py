@@ -239,19 +239,29 @@ SUFFIX = "flora"
 """What an adapted layer's name ends with among the layers that compiled code finds by name."""
 
 
-def opaque(layer: AdaptedLayer) -> Callable[..., Tensor]:
-    """A method's `apply`: one operator that compiled code does not look into."""
+def opaque(layer: AdaptedLayer, *, into: bool) -> Callable[..., Tensor]:
+    """A method's `apply`: one operator that compiled code does not look into.
+
+    into: whether its result goes where compiled code has room for it. A CUDA graph behind it reads
+          it there again and again.
+    """
     name, out_features = f"{layer.name}.{SUFFIX}", layer.out_features
 
     def apply(_: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.flora.vllm_linear(x, bias, name, out_features)
         return y
 
-    return apply
+    def apply_into(_: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
+        torch.ops.flora.vllm_linear_into(x, bias, name, y)
+        return y
+
+    return apply_into if into else apply
 
 
 _library = torch.library.Library("flora", "FRAGMENT")
 _library.define("vllm_linear(Tensor x, Tensor? bias, str layer, int out_features) -> Tensor")
+_library.define("vllm_linear_into(Tensor x, Tensor? bias, str layer, Tensor(a!) y) -> ()")
 
 
 @partial(_library.impl, "vllm_linear", dispatch_key="CompositeExplicitAutograd")
@@ -274,3 +284,18 @@ def _vllm_linear_shape(
     out_features: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@partial(_library.impl, "vllm_linear_into", dispatch_key="CompositeExplicitAutograd")
+def _vllm_linear_into(x: Tensor, bias: Tensor | None, layer: str, y: Tensor) -> None:
+    y.copy_(get_forward_context().no_compile_layers[layer](x, bias))
+
+
+@partial(torch.library.register_fake, "flora::vllm_linear_into")
+def _vllm_linear_into_shape(
+    x: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    layer: str,  # noqa: ARG001
+    y: Tensor,  # noqa: ARG001
+) -> None:
+    return None

@@ -16,6 +16,7 @@ from vllm.model_executor.models import supports_multimodal
 from vllm.model_executor.utils import get_packed_modules_mapping
 
 from flora.hosts.vllm.encoder import Items, in_encoder, map_items, reads_encoder
+from flora.hosts.vllm.graphs import split_at_layers
 from flora.hosts.vllm.layers import SUFFIX, AdaptedLayer, Current, opaque
 from flora.hosts.vllm.names import Names
 from flora.hosts.vllm.settings import Settings
@@ -31,11 +32,13 @@ def adapt(
 
     Some are left as they are, and no adapter fits them: whose class computes them in a way of its
     own, whose bias is added elsewhere, whose tokens are neither the language model's nor an
-    encoder's, or which a checkpoint has whole where a rank has some of each part.
+    encoder's, or which a checkpoint has whole where a rank has some of each part. Raises UsageError
+    where vLLM would capture adapters in a CUDA graph.
 
     current: of the tokens of a step.
     items:   of an encoder-decoder model's encoder.
     """
+    cut = split_at_layers(vllm_config.compilation_config)
     backend = Settings.of(vllm_config).backend
     packed = get_packed_modules_mapping(model)
     names = Names(model, vllm_config.model_config.hf_config)
@@ -75,7 +78,7 @@ def adapt(
             method.apply = _direct(layer)
         else:
             context[f"{name}.{SUFFIX}"] = layer
-            method.apply = opaque(layer)
+            method.apply = opaque(layer, into=cut)
         module.quant_method = method
     return layers
 

@@ -45,6 +45,7 @@ def _configure() -> None:
     """
     from vllm.platforms import current_platform
 
+    from flora.hosts.vllm.graphs import capture_pieces
     from flora.hosts.vllm.settings import Settings
 
     platform: Any = type(current_platform)
@@ -64,6 +65,8 @@ def _configure() -> None:
             check(cls, vllm_config)
         finally:
             vllm_config.lora_config = lora
+        if lora is not None:
+            capture_pieces(vllm_config.compilation_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
 

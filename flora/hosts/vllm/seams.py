@@ -64,6 +64,7 @@ _ADDED = "add_request(_, _, _, lora_request=_, **_)"
 _BY_NAME = "gives the adapter by name"
 _CALLED = "what a worker calls on the manager"
 _CHECK = "@classmethod\ndef check_and_update_config(cls, vllm_config)"
+_CUT = "adapted layers run between CUDA graphs"
 _ENCODER = "what takes items, and what takes what was made of them"
 _ITEMS = "tells the adapter of each item that an encoder takes, in its order"
 _LOADED = "each process loads the plugin"
@@ -149,6 +150,39 @@ SEAMS = (
         "ParallelConfig",
         "tensor_parallel_size: _; pipeline_parallel_size: _",
         "more than one is refused",
+    ),
+    # graphs.py: what is captured, and where a compiled model is cut
+    Seam(
+        "config/compilation.py",
+        "CompilationConfig",
+        "mode: _; cudagraph_mode: _; splitting_ops: _",
+        _CUT,
+    ),
+    Seam("config/compilation.py", "CUDAGraphMode", "NONE = 0; PIECEWISE = 1", _CUT),
+    Seam("config/compilation.py", "CompilationMode", "VLLM_COMPILE = 3", _CUT),
+    Seam(
+        "config/compilation.py",
+        "CompilationConfig",
+        "def splitting_ops_contain_attention(self)",
+        "called",
+    ),
+    Seam(
+        "config/__init__.py",
+        "",
+        "from _ import CompilationConfig, CompilationMode, CUDAGraphMode",
+        "imported from there",
+    ),
+    Seam(
+        "config/vllm.py",
+        "VllmConfig.__post_init__",
+        "self.compilation_config.set_splitting_ops_for_v1(**_)",
+        _CUT,
+    ),
+    Seam(
+        "compilation/partition_rules.py",
+        "should_split",
+        "packet_name in splitting_ops",
+        _CUT,
     ),
     # plugin.py and layers.py: W0 of the layers that a CPU packs
     Seam(_UTILS, "", "def dispatch_cpu_unquantized_gemm(layer, remove_weight)", _REPLACED),
