@@ -303,10 +303,10 @@ class AdapterBank:
 
     def _lay(self, identities: tuple[str | None, ...]) -> dict[_Key, "_Laid"]:
         """The batch's pages in each pool that it has some in. Raises UnknownAdapterError."""
-        laid = {}
         for identity in identities:
             if identity is not None:
                 self._slot(identity)
+        laid = {}
         for key, pool in self._pools.items():
             if groups := [(g, i) for g, i in enumerate(identities) if i and i in pool.held]:
                 laid[key] = pool.lay(groups, (len(self._numbers[key]), len(identities)))

@@ -28,7 +28,7 @@ PRODUCTS = {f"{name}.{SUFFIX}": lambda x, bias, by=by: by * x for by, name in en
 
 def pieces(operators, splitting):
     # What each piece gives to the others is new memory, unless it is one that is cut out.
-    model, found = None, []
+    found = []
 
     def forward(x):
         for name in LAYERS:
