@@ -1,6 +1,5 @@
 """Tokens per second of `generate` in the transformers host, beside the base's and PEFT's."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,7 +17,14 @@ from flora.base import ModelBase
 from flora.bench.adapters import BASE, Spec
 from flora.bench.limit import Further, Load, products, sizes_of, synchronize
 from flora.bench.sharing import keep_flags, share_weights
-from flora.bench.turns import check_systems, measure_in_turns, speed_ratio
+from flora.bench.turns import (
+    Runs,
+    base_of,
+    beside,
+    check_systems,
+    measure_in_turns,
+    speed_ratio,
+)
 
 SYSTEMS = ("flora", "peft", "peft-one")
 """What is measured beside the base: flora; PEFT's mixed batch; PEFT with one adapter for all."""
@@ -35,6 +41,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A record of the base and of each system with each mix that it can run, measured in turns.
 
+    None where there is no such mix.
+
     model:   in evaluation mode; it has the adapters attached while this runs.
     mixes:   the adapters of a batch, each made as often as `distinct` asks for; one of more kinds
              than that is left out.
@@ -48,11 +56,9 @@ def measure(
     with keep_flags(model), ExitStack() as stack:
         plain = share_weights(model)
         base = ModelBase(plain)
-        runs = {"base": _generates(plain, load)}
-        records: list[dict[str, Any]] = [
-            {"system": "base", "kind": None, "rank": None, "run": "base"}
-        ]
-        limits = {"base": Further(products=Counter(), nbytes=0)}
+        runs: Runs = {}
+        records: list[dict[str, Any]] = []
+        limits: dict[str, Further] = {}
         adapters: dict[str, Adapter] = {}
         for number, mix in enumerate(mixes):
             if len(mix) > load.distinct:
@@ -72,8 +78,6 @@ def measure(
                 further = Further.of(sizes, rows, load, base)
                 runs[run := f"flora {number}"] = _generates(model, load, rows)
                 limits[run] = further
-                for tokens in further.products:
-                    runs.setdefault(_products_of(tokens), products(base, tokens))
                 records.append({"system": "flora", "run": run} | facts)
             for system in systems:
                 if (loaded := _in_peft(system, mix, load, plain, base)) is not None:
@@ -81,29 +85,39 @@ def measure(
                     named = None if system == "peft-one" else _rows(names, load)
                     runs[run := f"{system} {number}"] = _generates(loaded, load, named)
                     records.append({"system": system, "run": run, "distinct": len(names)} | facts)
+        if not runs:
+            return []
         if adapters:
             flora.attach(model, adapters)
             stack.callback(flora.detach, model)
-        seconds = measure_in_turns(runs, repeats=repeats, after_turn=after_turn)
-    of_products = {
-        tokens: seconds[_products_of(tokens)]
-        for further in limits.values()
-        for tokens in further.products
-    }
+        of_tokens = {
+            tokens: f"products of {tokens} tokens"
+            for further in limits.values()
+            for tokens in further.products
+        }
+        all_runs = beside(_generates(plain, load), runs)
+        all_runs |= {name: products(base, tokens) for tokens, name in of_tokens.items()}
+        seconds = measure_in_turns(all_runs, repeats=repeats, after_turn=after_turn)
+    of_products = {tokens: seconds[name] for tokens, name in of_tokens.items()}
     for record in records:
-        found = seconds[run := record.pop("run")]
-        record["tokens_per_second"] = load.rows * load.new_tokens / median(found)
-        record["ratio_to_base"] = speed_ratio(found, seconds["base"])
+        found, of_base = seconds[run := record.pop("run")], seconds[base_of(run)]
+        record |= _speed(found, of_base, load)
         if run in limits:
-            record["ratio_to_limit"] = limits[run].ratio(
-                found, seconds["base"], of_products, model.device
-            )
-        record |= asdict(load) | {"dtype": str(model.dtype).removeprefix("torch.")} | record
-    return records
+            record["ratio_to_limit"] = limits[run].ratio(found, of_base, of_products, model.device)
+    of_base = [turn for run in runs for turn in seconds[base_of(run)]]
+    base_record = {"system": "base", "kind": None, "rank": None, "ratio_to_limit": 1.0}
+    base_record |= _speed(of_base, of_base, load)
+    settings = asdict(load) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    return [settings | record for record in [base_record, *records]]
 
 
-def _products_of(tokens: int) -> str:
-    return f"products of {tokens} tokens"
+def _speed(seconds: Sequence[float], of_base: Sequence[float], load: Load) -> dict[str, float]:
+    """A record's figures; the base's seconds are those of the runs in front."""
+    tokens = load.rows * load.new_tokens
+    return {
+        "tokens_per_second": tokens / median(seconds),
+        "ratio_to_base": speed_ratio(seconds, of_base),
+    }
 
 
 def _rows(names: Sequence[str | None], load: Load) -> list[str | None]:

@@ -11,6 +11,8 @@ MOST_TURNS = 200
 WARM_SECONDS = 1e-2
 """In so long a layer's weights are in the caches again, if they fit: some runs, not one."""
 
+Runs = dict[str, Callable[[], None]]
+
 
 def measure_in_turns(
     systems: Mapping[str, Callable[[], object]],
@@ -44,6 +46,22 @@ def measure_in_turns(
             after_turn(name)
         turns += 1
     return {name: values[1:] for name, values in seconds.items()}
+
+
+def beside(base: Callable[[], None], systems: Mapping[str, Callable[[], None]]) -> Runs:
+    """Each system with a run of the base in front, `base_of` its name.
+
+    A turn of many systems takes minutes, in which a machine may change its speed.
+    """
+    runs: Runs = {}
+    for name, run in systems.items():
+        runs |= {base_of(name): base, name: run}
+    return runs
+
+
+def base_of(system: str) -> str:
+    """What the runs of the base in front of a system are called."""
+    return f"the base beside {system}"
 
 
 def _warm_up(run: Callable[[], object]) -> None:

@@ -9,6 +9,7 @@ import flora
 from flora.bench.adapters import parse_specs
 from flora.bench.generate import measure
 from flora.bench.limit import Load
+from flora.bench.turns import base_of
 from flora.cli import main
 from flora.errors import UsageError
 from flora.hosts.transformers import HOST
@@ -41,8 +42,9 @@ def test_the_records():
     # 6 rows of two pairs, and of one, two and none: products of 12 and of 8 rows beside those of 6,
     # for the prompt's four tokens and for a step's one.
     products = {f"products of {tokens} tokens" for tokens in (6, 8, 12, 24, 32, 48)}
-    assert set(turns) == {"base", "flora 0", "flora 1"} | products
-    assert len(turns) == 3 * 9
+    of_base = {base_of("flora 0"), base_of("flora 1")}
+    assert set(turns) == {"flora 0", "flora 1"} | of_base | products
+    assert len(turns) == 3 * 10
 
 
 def test_what_is_timed_is_a_batch_of_different_adapters(monkeypatch):
@@ -96,11 +98,17 @@ def test_peft_generates_what_flora_does(monkeypatch):
         ("LORA/use_dora", "flora", 2),
         ("LORA/use_dora", "peft-one", 1),
     ]
-    base, lora, peft, one, *_ = outputs[len(outputs) // 2 :]
+    # Each behind one of the base.
+    base, lora, _, peft, _, one, *_ = outputs[len(outputs) // 2 :]
     assert torch.equal(lora, peft)
     assert torch.equal(one[0], lora[0])
     assert not torch.equal(base, lora)
     assert {p: p.requires_grad for p in model.parameters()} == flags
+
+
+def test_nothing_runs_where_no_mix_fits():
+    load = Load(rows=2, distinct=1, prompt_tokens=1, new_tokens=1)
+    assert measure(zoo.build("Llama"), [parse_specs("LORA+IA3", 2)], load, repeats=1) == []
 
 
 def test_an_unknown_system_is_refused():

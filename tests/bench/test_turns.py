@@ -3,7 +3,7 @@
 import pytest
 
 from flora.bench import turns
-from flora.bench.turns import measure_in_turns, speed_ratio
+from flora.bench.turns import base_of, beside, measure_in_turns, speed_ratio
 
 
 class Clock:
@@ -59,3 +59,12 @@ def test_a_warm_turn_counts_once_the_caches_are_warm(clock):
 def test_a_ratio_is_that_of_neighbours():
     # The machine is three times slower in its second half; the system is twice as slow as the base.
     assert speed_ratio([2, 2, 6, 6, 6], [1, 1, 3, 3, 3]) == 0.5
+
+
+def test_the_base_runs_in_front_of_each_system(clock):
+    base = clock.system("base", 1.0, 1.0, 2.0, 4.0)
+    systems = {"a": clock.system("a", 2.0), "b": clock.system("b", 8.0)}
+    found = measure_in_turns(beside(base, systems), repeats=1)
+    assert clock.ran == ["base", "a", "base", "b"] * 2
+    ratios = {name: speed_ratio(found[name], found[base_of(name)]) for name in systems}
+    assert ratios == {"a": 1.0, "b": 0.5}
