@@ -57,6 +57,7 @@ class Call:
     rows, columns: the forward's shape; no columns where encoder and decoder have their own.
     units: rows, or rows x columns.
     prepared: layers by what their host calls them, kept for the next forward of the same shape.
+    graphs: x and y of layers that compiled code ran, by number, until their backward.
     """
 
     adapters: BatchAdapters  # not the batch: what it was lent goes back as soon as it is forgotten
@@ -64,6 +65,7 @@ class Call:
     columns: int
     units: tuple[int, ...]
     prepared: dict[Hashable, PreparedLayer] = field(default_factory=dict)
+    graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def by_column(self) -> bool:

@@ -10,9 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
-from itertools import count
 from typing import Any, Protocol, TypeVar
-from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,7 @@ from flora.adapters.core import Adapter
 from flora.bank import AdapterBank
 from flora.base import BaseLayer, ModelBase, plain_weight
 from flora.errors import ShapeError, UsageError
-from flora.hosts import whisper
+from flora.hosts import opaque, whisper
 from flora.hosts.rows import BASE, Batch, Call, Generation, PreparedLayer, RowAdapter, make_batch
 from flora.ops import get_backend
 from flora.ops.adapted_linear import prepare
@@ -126,6 +124,9 @@ class FactorSource(Protocol):
     def factors(self, module: str, names: tuple[str | None, ...]) -> BatchFactors | None:
         """A layer's factors for the adapters of these names; None where none touches it."""
 
+    def trained(self, module: str) -> list[Tensor]:
+        """What is trained of a layer's factors: the same tensors in the same order each time."""
+
 
 class ResidentAdapters:
     """Adapters in a bank, by name."""
@@ -157,6 +158,9 @@ class ResidentAdapters:
         identities = [None if name is None else self.identities[name] for name in names]
         return self.bank.factors(module, identities)
 
+    def trained(self, module: str) -> list[Tensor]:  # noqa: ARG002
+        return []
+
 
 def patch(model: nn.Module, source: FactorSource, backend: str = "auto") -> "Host":
     """Set the forwards of a model and of its linear layers; `Host.unpatch` takes them back."""
@@ -175,6 +179,7 @@ class Host:
         self.model, self.source, self.backend = model, source, backend
         self.call: Call | None = None
         self.running = False
+        self.checkpointing = False
         self._replayed: Call | None = None
         self._generating: Generation | None = None
         self.base = ModelBase(model)
@@ -257,6 +262,8 @@ class Host:
             before = self.call, self.running
             named = dict(zip(parameters, args, strict=False)) | kwargs
             self.call, self.running = self._next_call(adapter_names, named), True
+            if torch.is_grad_enabled():
+                self.checkpointing = getattr(self.model, "is_gradient_checkpointing", False)
             try:
                 output = forward(*args, **kwargs)
                 if torch.is_grad_enabled():
@@ -362,8 +369,8 @@ class AdaptedLayer:
     def __init__(self, host: Host, name: str, base: BaseLayer, *, is_head: bool) -> None:
         self.host, self.name, self.base, self.is_head = host, name, base, is_head
         self.device_type = host.base.specs[name].device.type
-        self.handle = next(_handles)
-        _layers[self.handle] = self
+        self.trained = host.source.trained(name)
+        self.handle = opaque.register(self)
 
     def __call__(self, x: Tensor) -> Tensor:
         host = self.host  # a step of decoding comes here some hundred times, and feels each call
@@ -400,18 +407,25 @@ class AdaptedLayer:
         inner, outer = x_SNI.shape, x.shape[:-1]
         return lambda x: linear(x.reshape(inner)).reshape(*outer, -1)
 
+    def current_call(self) -> Call | None:
+        return self.host.current_call()
+
     def wrapper(self) -> Callable[[Tensor], Tensor]:
         """The forward to set on the module; under compilation one opaque operator."""
         outside = torch.compiler.disable(self)
-        handle, out_features = self.handle, self.base.out_features
+        trained, handle, out_features = self.trained, self.handle, self.base.out_features
 
         @wraps(self.base.forward)
         def forward(x: Tensor) -> Tensor:
             if not torch.compiler.is_compiling():
                 return self(x)
-            if torch.is_grad_enabled():
-                return outside(x)  # type: ignore[no-any-return]
-            y: Tensor = torch.ops.flora.adapted_layer(x, handle, out_features)
+            y: Tensor
+            if not torch.is_grad_enabled():
+                y = torch.ops.flora.adapted_layer(x, handle, out_features)
+            elif self.host.checkpointing or torch.is_autocast_enabled(self.device_type):
+                y = outside(x)
+            else:
+                y, _ = torch.ops.flora.trained_layer(x, trained, handle, out_features)
             return y
 
         return forward
@@ -443,21 +457,3 @@ class AdaptedLayer:
             f"{self.name} was given the shape {list(x.shape)}, which says nothing of whose tokens "
             f"these are in a batch of {call.rows} rows; leave this layer out"
         )
-
-
-_handles = count()
-_layers: WeakValueDictionary[int, AdaptedLayer] = WeakValueDictionary()
-_library = torch.library.Library("flora", "DEF")
-_library.define("adapted_layer(Tensor x, int layer, int out_features) -> Tensor")
-
-
-@partial(_library.impl, "adapted_layer", dispatch_key="CompositeExplicitAutograd")
-def _adapted_layer(x: Tensor, layer: int, out_features: int) -> Tensor:  # noqa: ARG001
-    """A layer behind a number: compiled code reads the batch as it runs, not as it is traced."""
-    y = _layers[layer](x)
-    return y.clone() if y is x else y
-
-
-@partial(torch.library.register_fake, "flora::adapted_layer")
-def _adapted_layer_shape(x: Tensor, layer: int, out_features: int) -> Tensor:  # noqa: ARG001
-    return x.new_empty(*x.shape[:-1], out_features)

@@ -115,8 +115,13 @@ class TrainedAdapters:
             return None
         return join_factors(layers, self.base.specs[module].dtype)
 
+    def trained(self, module: str) -> list[Tensor]:
+        """A layer's parameters, of all adapters."""
+        own = [params[module] for params in self.params.values() if module in params]
+        return [tensor for params in own for tensor in params.values()]
+
     def leaves(self, name: str) -> list[Tensor]:
-        """An adapter's parameters."""
+        """An adapter's parameters, of all layers."""
         return [tensor for own in self.params[name].values() for tensor in own.values()]
 
     def checkpoint(self, name: str, base_model: str | None) -> Checkpoint:
@@ -204,6 +209,9 @@ class JointTrainer:
         if bad := [name for name, value in values.items() if not abs(value) < float("inf")]:
             raise FloraError(f"the loss of {', '.join(bad)} is not finite: lower the learning rate")
         torch.stack([*losses.values()]).sum().backward()
+        for name in self.adapters.params.keys() - losses.keys():
+            for leaf in self.adapters.leaves(name):
+                leaf.grad = None  # compiled code gives zeros, which the optimiser would follow
         self.optimizer.step()
         self.scheduler.step()
         return values

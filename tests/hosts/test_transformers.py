@@ -478,15 +478,46 @@ def test_compiled_code_serves_every_mix(zoo, make):
     assert set(frames) == {frames[0]}
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
+def input_gradient(model: nn.Module, zoo: Zoo, names: list[Any]) -> Tensor:
+    x = zoo.base.get_input_embeddings()(tokens()).detach().requires_grad_()
+    model(inputs_embeds=x, adapter_names=names).logits.square().sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
 def test_compiled_code_has_gradients(zoo):
+    """In one graph, forward and backward; a batch without adapters too."""
     torch.compiler.reset()
-    grads = []
-    for model in (attach_then_compile(zoo, "aot_eager"), zoo.attached()):
-        x = zoo.base.get_input_embeddings()(tokens()).detach().requires_grad_()
-        model(inputs_embeds=x, adapter_names=NAMES).logits.square().sum().backward()
-        grads.append(x.grad)
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    counter = CompileCounterWithBackend("aot_eager")
+    model, eager = attach_then_compile(zoo, counter), zoo.attached()
+    for names in (NAMES, NAMES[::-1], [None] * len(NAMES)):
+        found, expected = (input_gradient(own, zoo, names) for own in (model, eager))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
+def test_compiled_code_has_gradients_through_checkpoints_and_autocast(zoo):
+    for checkpointing in (True, False):
+        torch.compiler.reset()
+        model, eager = attach_then_compile(zoo, "aot_eager"), zoo.attached()
+        if checkpointing:
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        with torch.autocast("cpu", enabled=not checkpointing):
+            found, expected = (input_gradient(own, zoo, NAMES) for own in (model, eager))
+        # What is cast is rounded where the compiler casts it.
+        within = 1e-4 if checkpointing else 0.05 * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=0, atol=within)
+
+
+def test_a_compiled_graph_is_gone_through_once(zoo):
+    torch.compiler.reset()
+    model = attach_then_compile(zoo, "aot_eager")
+    x = zoo.base.get_input_embeddings()(tokens()).detach().requires_grad_()
+    loss = model(inputs_embeds=x, adapter_names=NAMES).logits.square().sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(FloraError, match="backward runs once"):
+        loss.backward()
 
 
 def test_a_compiled_model_generates(zoo):
@@ -647,6 +678,9 @@ def test_a_model_in_training_takes_no_others(zoo):
 
         def factors(self, *_: object) -> None:
             return None
+
+        def trained(self, _: str) -> list[Tensor]:
+            return []
 
     model = zoo.fresh()
     host = patch(model, Source())

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from flora.adapters.checkpoint import read_checkpoint
 from flora.errors import FloraError, UsageError
-from flora.training.data import Row, RowStream, collate
+from flora.training.data import Row, RowBatch, RowStream, collate
 from flora.training.trainer import JointTrainer, Schedule, parse_recipe
 from tests.tiny import tiny_llama
 
@@ -219,3 +220,36 @@ def test_what_could_not_be_used_is_not_trained(tmp_path):
 def test_a_schedule_that_does_not_fit_together(settings):
     with pytest.raises(ValueError, match="schedule"):
         Schedule(**settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # inductor's
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_code_is_one_graph_and_trains_the_same(backend):
+    """The rows' adapters change from step to step; "three" has none in the second and third."""
+    torch.compiler.reset()
+    recipes = {name: parse_recipe(RECIPES[name]) for name in RECIPES}
+    tokens = torch.randint(1, 64, (4, 7), generator=torch.Generator().manual_seed(2))
+    mixes = [["one", "three", "add", "one"], ["one", "add"] * 2, ["add"] * 4, ["three", "one"] * 2]
+    counter = CompileCounterWithBackend(backend)
+    found = []
+    for compiled in (False, True):
+        model = tiny_llama()
+        if compiled:
+            model.compile(backend=counter, dynamic=False)
+        with JointTrainer(model, recipes, seed=7) as trainer:
+            losses = [
+                trainer.step(
+                    RowBatch(
+                        adapters=names,
+                        input_ids=tokens,
+                        attention_mask=torch.ones_like(tokens),
+                        labels=tokens,
+                    )
+                )
+                for names in mixes
+            ]
+            found.append((losses, [trainer.adapters.leaves(name) for name in recipes]))
+    (losses, leaves), (expected, same) = found
+    assert losses == [pytest.approx(own, rel=1e-5) for own in expected]
+    torch.testing.assert_close(leaves, same, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 1
