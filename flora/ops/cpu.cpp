@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -28,6 +29,9 @@ constexpr int64_t kColumns = 512;      // in as many as the fastest cache holds 
 constexpr int64_t kRanks = 8;          // which a row adds in one visit
 constexpr int64_t kLine = 64;          // bytes that memory gives at once
 constexpr int64_t kGrain = 16384;      // numbers for which a second thread is worth waking
+constexpr int64_t kBlock = 1 << 18;    // bytes of a modulated W0 that a thread's own cache holds
+constexpr int64_t kMostBlock = 1 << 21;  // where so many tokens share it that their passes count
+constexpr int64_t kBlockRows = 64;     // of it at least, as products of fewer are slow
 
 // A row of the batch, as `cpu.py` writes it.
 struct Row {
@@ -436,7 +440,15 @@ void contract(const Job& job, const void* product, const void* x, const void* bi
   });
 }
 
-// W0 ∘ (Σ_j a_j b_jᵀ), rounded once to W0's type.
+// W0 ∘ (Σ_j a_j b_jᵀ), rounded once to W0's type: `rows` of it from o on.
+template <typename T>
+void modulate_block(const T* weight, const Pairs& pairs, int64_t o, int64_t rows, T* to, int64_t I) {
+  int64_t r = 0;
+  for (; r + kTokens <= rows; r += kTokens)
+    modulate_rows<kTokens>(weight + (o + r) * I, pairs, o + r, to + r * I, I);
+  for (; r < rows; ++r) modulate_rows<1>(weight + (o + r) * I, pairs, o + r, to + r * I, I);
+}
+
 void modulate(const Job& job, int64_t first_page, int64_t pages, const void* weight, void* to) {
   dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -444,15 +456,59 @@ void modulate(const Job& job, int64_t first_page, int64_t pages, const void* wei
     const Pairs pairs({job.b, I}, {job.a, O}, first_page, pages);
     const int64_t blocks = (O + kTokens - 1) / kTokens;
     parallel_for(blocks, kTokens * I, [&](int64_t begin, int64_t end) {
-      for (int64_t o = begin * kTokens; o < std::min(end * kTokens, O); o += kTokens) {
-        const T* from = static_cast<const T*>(weight) + o * I;
-        T* rows = static_cast<T*>(to) + o * I;
-        if (o + kTokens <= O) {
-          modulate_rows<kTokens>(from, pairs, o, rows, I);
-        } else {
-          for (int64_t r = 0; o + r < O; ++r)
-            modulate_rows<1>(from + r * I, pairs, o + r, rows + r * I, I);
-        }
+      const int64_t o = begin * kTokens, rows = std::min(end * kTokens, O) - o;
+      modulate_block(static_cast<const T*>(weight), pairs, o, rows, static_cast<T*>(to) + o * I, I);
+    });
+  });
+}
+
+using torch::stable::Tensor;
+
+// Memory as a matrix, `stride` numbers from row to row.
+Tensor matrix(const void* data, int64_t rows, int64_t columns, int64_t stride, int64_t dtype) {
+  constexpr torch::headeronly::ScalarType types[] = {torch::headeronly::ScalarType::Float,
+                                                     torch::headeronly::ScalarType::BFloat16,
+                                                     torch::headeronly::ScalarType::Half};
+  const int64_t sizes[] = {rows, columns}, strides[] = {stride, 1};
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(const_cast<void*>(data), {sizes, 2}, {strides, 2}, cpu,
+                                  types[dtype]);
+}
+
+// x Wᵀ by torch's own product, which within a parallel region takes one thread.
+void multiply(const Tensor& x, const Tensor& weight, const Tensor& to) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(torch::stable::transpose(weight, 0, 1)),
+                                    torch::stable::detail::from(to)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// copies [C, I] through a modulated W0 -> to [C, O], `stride` numbers from row to row. A thread
+// multiplies by some rows of W0 as soon as it has modulated them: they are in its own cache, and no
+// other thread ever asks for them.
+void multiply_modulated(const Job& job, int64_t first_page, int64_t pages, const void* weight,
+                        const void* copies, int64_t count, void* to, int64_t stride) {
+  dispatch(job.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t I = job.I, O = job.O, threads = torch::stable::get_num_threads();
+    const Pairs pairs({job.b, I}, {job.a, O}, first_page, pages);
+    const int64_t bytes = I * sizeof(T);
+    const int64_t most = std::max({kBlockRows, kBlock / bytes, std::min(count, kMostBlock / bytes)});
+    // As many blocks for each thread, of whole groups of rows.
+    const int64_t share = (O + threads - 1) / threads, each = (share + most - 1) / most;
+    const int64_t even = (O + threads * each - 1) / (threads * each);
+    const int64_t rows = (even + kTokens - 1) / kTokens * kTokens;
+    const Tensor x = matrix(copies, count, I, I, job.dtype);
+    torch::stable::parallel_for(0, (O + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
+      thread_local std::vector<T> modulated;
+      if (modulated.size() < static_cast<size_t>(rows * I)) modulated.resize(rows * I);
+      for (int64_t o = begin * rows; o < std::min(end * rows, O); o += rows) {
+        const int64_t own = std::min(rows, O - o);
+        modulate_block(static_cast<const T*>(weight), pairs, o, own, modulated.data(), I);
+        multiply(x, matrix(modulated.data(), own, I, I, job.dtype),
+                 matrix(static_cast<T*>(to) + o, count, own, stride, job.dtype));
       }
     });
   });
@@ -559,6 +615,9 @@ PyMethodDef methods[] = {
     entry<&expand>("expand", "expand(job, x, to)"),
     entry<&contract>("contract", "contract(job, product, x, bias, to)"),
     entry<&modulate>("modulate", "modulate(job, first_page, pages, weight, to)"),
+    entry<&multiply_modulated>(
+        "multiply_modulated",
+        "multiply_modulated(job, first_page, pages, weight, copies, count, to, stride)"),
     entry<&modulation_gradients>(
         "modulation_gradients",
         "modulation_gradients(job, first_page, pages, chunks, gradient, weight, din, dout)"),

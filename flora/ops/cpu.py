@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flora.ops import Linear, Operands, cpu_autograd, eager
-from flora.ops.cpu_kernels import DTYPES, Job, contract, expand, modulate, scratch
+from flora.ops.cpu_kernels import DTYPES, Job, contract, expand, multiply_modulated, scratch
 from flora.ops.factors import BaseProduct
 
 KEPT_COPIES = 1 << 16
@@ -125,19 +125,23 @@ class PreparedLinear:
 
     def _multiply_modulated(self, copies_TNI: Tensor, weight_OI: Tensor, to_TNO: Tensor) -> None:
         """Some copies by W0, and each segment's by W0 as its pages modulate it."""
-        scratch_OI = scratch("weight", weight_OI.shape, weight_OI.dtype)
-
-        def multiply(first: int, count: int, by_OI: Tensor) -> None:
-            part = slice(first, first + count)
-            copies, to = copies_TNI[part].flatten(0, 1), to_TNO[part].flatten(0, 1)
-            torch.mm(copies, by_OI.T, out=to)
-
-        if plain := self.segments[0][0]:
-            multiply(0, plain, weight_OI)
-        weight_at, scratch_at = weight_OI.data_ptr(), scratch_OI.data_ptr()
+        copies_CI, to_CO = copies_TNI.flatten(0, 1), to_TNO.flatten(0, 1)
+        N, size = copies_TNI.shape[1], weight_OI.element_size()
+        if plain := self.segments[0][0] * N:
+            torch.mm(copies_CI[:plain], weight_OI.T, out=to_CO[:plain])
+        (I, _), (O, _) = copies_CI.stride(), to_CO.stride()  # noqa: E741
+        weight_at, copies_at, to_at = weight_OI.data_ptr(), copies_CI.data_ptr(), to_CO.data_ptr()
         for first, count, first_page, pages in self.segments:
-            modulate(self.job_at, first_page, pages, weight_at, scratch_at)
-            multiply(first, count, scratch_OI)
+            multiply_modulated(
+                self.job_at,
+                first_page,
+                pages,
+                weight_at,
+                copies_at + first * N * I * size,
+                count * N,
+                to_at + first * N * O * size,
+                O,
+            )
 
 
 class MergedLinear:

@@ -314,6 +314,32 @@ def check_without_gradients(layer: Layer, backend: str, *, weight: bool) -> None
         assert_right(operator(backend, weight=weight)(layer), layer)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("out_features", "tokens"), [(301, 1), (190, 90), (3, 2)])
+def test_a_large_weight_is_modulated_block_by_block(
+    out_features, tokens, threads, dtype, monkeypatch
+):
+    """Several blocks for each of several threads, the last one smaller; more threads than rows."""
+    monkeypatch.setattr(front_door, "DEFAULT_COSTS", WEIGHT_SIDE)
+    monkeypatch.setattr(front_door, "layer_costs", lambda *_, **__: WEIGHT_SIDE)
+    layer = make_layer(
+        [{"pairs": 3}, None, {"pairs": 2, "rank": 2}],
+        [0, 1, 2, 0],
+        out_features=out_features,
+        in_features=1500,
+        tokens=tokens,
+        dtype=dtype,
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            assert_right(operator("cpu", weight=True)(layer), layer)
+    finally:
+        torch.set_num_threads(before)
+
+
 def assert_right(found: Tensor, layer: Layer) -> None:
     """A value is no worse than plain torch's, to the rounding of its terms."""
     truth = operator("reference", weight=True)(in_double(layer))
