@@ -1,5 +1,6 @@
 """Tokens per second of `generate` in the transformers host, beside the base's and PEFT's."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -17,14 +18,7 @@ from flora.base import ModelBase
 from flora.bench.adapters import BASE, Spec
 from flora.bench.limit import Further, Load, products, sizes_of, synchronize
 from flora.bench.sharing import keep_flags, share_weights
-from flora.bench.turns import (
-    Runs,
-    base_of,
-    beside,
-    check_systems,
-    measure_in_turns,
-    speed_ratio,
-)
+from flora.bench.turns import check_systems, measure_beside
 
 SYSTEMS = ("flora", "peft", "peft-one")
 """What is measured beside the base: flora; PEFT's mixed batch; PEFT with one adapter for all."""
@@ -56,9 +50,11 @@ def measure(
     with keep_flags(model), ExitStack() as stack:
         plain = share_weights(model)
         base = ModelBase(plain)
-        runs: Runs = {}
-        records: list[dict[str, Any]] = []
-        limits: dict[str, Further] = {}
+        runs: dict[str, Callable[[], None]] = {}
+        records: list[dict[str, Any]] = [
+            {"system": "base", "kind": None, "rank": None, "run": "base"}
+        ]
+        limits = {"base": Further(products=Counter(), nbytes=0)}
         adapters: dict[str, Adapter] = {}
         for number, mix in enumerate(mixes):
             if len(mix) > load.distinct:
@@ -95,29 +91,19 @@ def measure(
             for further in limits.values()
             for tokens in further.products
         }
-        all_runs = beside(_generates(plain, load), runs)
-        all_runs |= {name: products(base, tokens) for tokens, name in of_tokens.items()}
-        seconds = measure_in_turns(all_runs, repeats=repeats, after_turn=after_turn)
-    of_products = {tokens: seconds[name] for tokens, name in of_tokens.items()}
+        alone = {name: products(base, tokens) for tokens, name in of_tokens.items()}
+        turns = measure_beside(
+            _generates(plain, load), runs, alone, repeats=repeats, after_turn=after_turn
+        )
+    of_products = {tokens: turns[name].own for tokens, name in of_tokens.items()}
     for record in records:
-        found, of_base = seconds[run := record.pop("run")], seconds[base_of(run)]
-        record |= _speed(found, of_base, load)
+        found = turns[run := record.pop("run")]
+        record["tokens_per_second"] = load.rows * load.new_tokens / median(found.own)
+        record["ratio_to_base"] = found.ratio
         if run in limits:
-            record["ratio_to_limit"] = limits[run].ratio(found, of_base, of_products, model.device)
-    of_base = [turn for run in runs for turn in seconds[base_of(run)]]
-    base_record = {"system": "base", "kind": None, "rank": None, "ratio_to_limit": 1.0}
-    base_record |= _speed(of_base, of_base, load)
-    settings = asdict(load) | {"dtype": str(model.dtype).removeprefix("torch.")}
-    return [settings | record for record in [base_record, *records]]
-
-
-def _speed(seconds: Sequence[float], of_base: Sequence[float], load: Load) -> dict[str, float]:
-    """A record's figures; the base's seconds are those of the runs in front."""
-    tokens = load.rows * load.new_tokens
-    return {
-        "tokens_per_second": tokens / median(seconds),
-        "ratio_to_base": speed_ratio(seconds, of_base),
-    }
+            record["ratio_to_limit"] = limits[run].ratio(*found, of_products, model.device)
+        record |= asdict(load) | {"dtype": str(model.dtype).removeprefix("torch.")} | record
+    return records
 
 
 def _rows(names: Sequence[str | None], load: Load) -> list[str | None]:

@@ -13,14 +13,7 @@ from flora.adapters.targets import ALL_LINEAR
 from flora.bench.adapters import Spec
 from flora.bench.limit import memory_peak, synchronize
 from flora.bench.sharing import keep_flags, share_weights
-from flora.bench.turns import (
-    Runs,
-    base_of,
-    beside,
-    check_systems,
-    measure_in_turns,
-    speed_ratio,
-)
+from flora.bench.turns import check_systems, measure_beside
 from flora.hosts.loading import load_model
 from flora.training.data import RowBatch
 from flora.training.trainer import JointTrainer, parse_recipe
@@ -59,31 +52,24 @@ def measure(
     dtype = str(model.dtype).removeprefix("torch.")
     facts = {"rows": rows, "distinct": rows, "tokens": load.tokens, "dtype": dtype}
     with keep_flags(model), ExitStack() as stack:
-        runs: Runs = {}
-        records: list[dict[str, Any]] = []
+        runs: dict[str, Callable[[], None]] = {}
+        records: list[dict[str, Any]] = [
+            {"system": "base", "kind": None, "rank": None, "run": "base"}
+        ]
         for spec, system in trainable(specs, systems):
             run = f"{system} {spec.name}:{spec.rank}"
             runs[run] = _step(model, spec, system, load, stack)
-            distinct = 1 if system == "peft-one" else rows
-            own = {"kind": spec.name, "rank": spec.rank, "distinct": distinct}
-            records.append({"system": system, "run": run} | own)
-        all_runs = beside(_base_step(model, load), runs)
-        seconds = measure_in_turns(all_runs, repeats=repeats, after_turn=after_turn)
+            records.append({"system": system, "kind": spec.name, "rank": spec.rank, "run": run})
+        turns = measure_beside(
+            _base_step(model, load), runs, repeats=repeats, after_turn=after_turn
+        )
     for record in records:
-        record |= _speed(seconds[run := record.pop("run")], seconds[base_of(run)], load)
-    of_base = [turn for run in runs for turn in seconds[base_of(run)]]
-    base_record = {"system": "base", "kind": None, "rank": None} | _speed(of_base, of_base, load)
-    return [facts | record for record in [base_record, *records]]
-
-
-def _speed(seconds: Sequence[float], of_base: Sequence[float], load: Load) -> dict[str, float]:
-    """A record's figures; the base's seconds are those of the runs in front."""
-    step = median(seconds)
-    return {
-        "seconds": step,
-        "tokens_per_second": load.adapters * load.tokens / step,
-        "ratio_to_base": speed_ratio(seconds, of_base),
-    }
+        found = turns[record.pop("run")]
+        record |= facts | ({"distinct": 1} if record["system"] == "peft-one" else {})
+        record["seconds"] = median(found.own)
+        record["tokens_per_second"] = rows * load.tokens / median(found.own)
+        record["ratio_to_base"] = found.ratio
+    return records
 
 
 def peak_bytes(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import NamedTuple
 
 from flora.errors import UsageError
 
@@ -11,7 +12,16 @@ MOST_TURNS = 200
 WARM_SECONDS = 1e-2
 """In so long a layer's weights are in the caches again, if they fit: some runs, not one."""
 
-Runs = dict[str, Callable[[], None]]
+
+class Turns(NamedTuple):
+    """The seconds of a system's counted turns, and those of what it is held against in each."""
+
+    own: list[float]
+    base: list[float]
+
+    @property
+    def ratio(self) -> float:
+        return speed_ratio(self.own, self.base)
 
 
 def measure_in_turns(
@@ -48,15 +58,28 @@ def measure_in_turns(
     return {name: values[1:] for name, values in seconds.items()}
 
 
-def beside(base: Callable[[], None], systems: Mapping[str, Callable[[], None]]) -> Runs:
-    """Each system with a run of the base in front, `base_of` its name.
+def measure_beside(
+    base: Callable[[], object],
+    systems: Mapping[str, Callable[[], object]],
+    alone: Mapping[str, Callable[[], object]] = {},
+    *,
+    repeats: int,
+    after_turn: Callable[[str], None] = lambda _: None,
+) -> dict[str, Turns]:
+    """The turns of systems that each have a run of the base in front, and all of these as "base".
 
     A turn of many systems takes minutes, in which a machine may change its speed.
+
+    alone: what runs in the same turns without the base in front; it stands beside itself.
     """
-    runs: Runs = {}
+    runs: dict[str, Callable[[], object]] = {}
     for name, run in systems.items():
         runs |= {base_of(name): base, name: run}
-    return runs
+    seconds = measure_in_turns({**runs, **alone}, repeats=repeats, after_turn=after_turn)
+    turns = {name: Turns(seconds[name], seconds[base_of(name)]) for name in systems}
+    of_base = [second for own in turns.values() for second in own.base]
+    itself = {"base": of_base} | {name: seconds[name] for name in alone}
+    return turns | {name: Turns(own, own) for name, own in itself.items()}
 
 
 def base_of(system: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from flora.bench import turns
-from flora.bench.turns import base_of, beside, measure_in_turns, speed_ratio
+from flora.bench.turns import measure_beside, measure_in_turns, speed_ratio
 
 
 class Clock:
@@ -64,7 +64,8 @@ def test_a_ratio_is_that_of_neighbours():
 def test_the_base_runs_in_front_of_each_system(clock):
     base = clock.system("base", 1.0, 1.0, 2.0, 4.0)
     systems = {"a": clock.system("a", 2.0), "b": clock.system("b", 8.0)}
-    found = measure_in_turns(beside(base, systems), repeats=1)
+    found = measure_beside(base, systems, repeats=1)
     assert clock.ran == ["base", "a", "base", "b"] * 2
-    ratios = {name: speed_ratio(found[name], found[base_of(name)]) for name in systems}
-    assert ratios == {"a": 1.0, "b": 0.5}
+    assert {name: found[name].ratio for name in systems} == {"a": 1.0, "b": 0.5}
+    assert found["base"].own == [2.0, 4.0]
+    assert found["base"].ratio == 1.0
