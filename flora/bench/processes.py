@@ -34,7 +34,7 @@ def environment(system: str) -> dict[str, str]:
     return {
         "VLLM_CPU_KVCACHE_SPACE": "2",
         **os.environ,
-        "VLLM_PLUGINS": "flora" if system == "flora" else "",
+        "VLLM_PLUGINS": "" if system in ("base", "vllm-lora") else "flora",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }
 
@@ -168,7 +168,7 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
-            flags += [f"--{name}", str(value)]
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return flags
 
 

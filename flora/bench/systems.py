@@ -7,8 +7,9 @@ from typing import Any
 from flora.bench.adapters import BASE, Spec
 from flora.bench.limit import Load
 
-SYSTEMS = ("flora", "vllm-lora")
-"""What is measured beside vLLM without adapters: the plugin; vLLM's own LoRA."""
+SYSTEMS = ("flora", "vllm-lora", "bmm")
+"""What is measured beside vLLM without adapters: the plugin; vLLM's own LoRA; LoRA by bmm, the
+paper's baseline, which is what the plugin does in plain torch."""
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `max_lora_rank`."""
@@ -47,7 +48,8 @@ def engine_options(
 def engines_of(
     mixes: Sequence[Sequence[Spec]], systems: Sequence[str], load: Load
 ) -> Iterator[Engine]:
-    """The base's engine, one of flora for all mixes, and one of vLLM's LoRA for each of its own.
+    """The base's engine, one of flora for all mixes, one of bmm for those of LoRA, and one of
+    vLLM's LoRA for each of them.
 
     That of flora also runs without an adapter: what it costs who uses none.
     """
@@ -61,13 +63,19 @@ def engines_of(
         if len(mix) <= load.distinct
     }
     options = {"enable_lora": True, "max_loras": load.distinct}
+    paged = options | {"max_cpu_loras": load.distinct * len(fitting)}
+    own: dict[int | None, list[str | None]]
     if "flora" in systems and fitting:
-        more = {"max_cpu_loras": load.distinct * len(fitting)}
-        own: dict[int | None, list[str | None]] = {None: [None], **fitting}
-        yield Engine(name="flora", system="flora", options=options | more, mixes=own)
-    for number, mix in enumerate(mixes):
-        rank = max_lora_rank(mix)
-        if "vllm-lora" in systems and number in fitting and rank:
+        own = {None: [None], **fitting}
+        yield Engine(name="flora", system="flora", options=paged, mixes=own)
+    ranks = {n: max_lora_rank(mix) for n, mix in enumerate(mixes) if n in fitting}
+    of_lora = {number: rank for number, rank in ranks.items() if rank}
+    if "bmm" in systems and of_lora:
+        plain = {"additional_config": {"flora": {"backend": "eager"}}}
+        own = {number: fitting[number] for number in of_lora}
+        yield Engine(name="bmm", system="bmm", options=paged | plain, mixes=own)
+    if "vllm-lora" in systems:
+        for number, rank in of_lora.items():
             yield Engine(
                 name=f"vllm-lora of mix {number}",
                 system="vllm-lora",

@@ -249,7 +249,8 @@ def serve(
 ) -> None:
     """Tokens per second of vLLM's engines, or latency of its servers, beside vLLM without adapters.
 
-    Systems: flora, the plugin; vllm-lora, vLLM's own LoRA, of LoRA alone.
+    Systems: flora, the plugin; vllm-lora, vLLM's own LoRA; bmm, LoRA by bmm as in the paper. The
+    last two run LoRA alone.
     """
     from flora.bench import serve as study
     from flora.bench.limit import Load

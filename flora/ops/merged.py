@@ -1,14 +1,13 @@
 """Layers of one input that are merged into one, as q, k and v are in serving."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from flora.ops import Linear, get_backend
+from flora.ops import Backend, Linear, Operands, get_backend
 from flora.ops.adapted_linear import Adapted
 from flora.ops.factors import BaseProduct, BatchFactors
 
@@ -64,8 +63,8 @@ class Merged:
 
         x:          S rows of N tokens.
         same_input: whether each group has one b for all layers: its copies then go through the
-                    merged product. So they do where no group scales the input. Else each layer has
-                    its own.
+                    merged product, where the backend merges. So they do where no group scales
+                    anything. Else each layer has its own.
 
         Raises ShapeError where sizes do not fit, BackendError.
         """
@@ -76,11 +75,7 @@ class Merged:
             linear: Linear | None = merge(x, self.base, operands, sizes, same_input=same_input)
             if linear is not None:
                 return linear
-        linears = [
-            None if own.factors is None else module.prepare(x, layer)
-            for own, layer in zip(self.slices, operands, strict=True)
-        ]
-        return _one_by_one(self.base, linears, sizes, [own.bias for own in self.slices])
+        return _one_by_one(module, x, self.base, operands, sizes)
 
 
 @lru_cache(maxsize=64)
@@ -90,23 +85,31 @@ def _untouched(groups: int) -> BatchFactors:
 
 
 def _one_by_one(
+    module: Backend,
+    x: Tensor,
     base: BaseProduct,
-    linears: Sequence[Linear | None],
+    operands: Sequence[Operands],
     sizes: Sequence[int],
-    biases: Sequence[Tensor | None],
 ) -> Linear:
-    """Each layer that is touched on its own; the others' outputs are the merged product's."""
-    ends = list(accumulate(sizes))
+    """Each layer with its own product; where none is scaled, with its columns of the merged one."""
+    if any(own.factors.hadamard is not None for own in operands):
+        linears = [module.prepare(x, own) for own in operands]
+        return lambda x_SNI: torch.cat([linear(x_SNI) for linear in linears], dim=-1)
+    product: list[Tensor] = []  # of the x that runs
+
+    def columns(x_SNI: Tensor, *, of: int) -> Tensor:  # noqa: ARG001
+        y_SNO: Tensor = product[0].split(sizes, dim=-1)[of]
+        return y_SNO
+
+    linears = [
+        module.prepare(x, replace(own, base=partial(columns, of=number), pure=False))
+        for number, own in enumerate(operands)
+    ]
 
     def linear(x_SNI: Tensor) -> Tensor:
-        product_SNO = base(x_SNI) if None in linears else None
-        parts = []
-        for own, end, size, bias in zip(linears, ends, sizes, biases, strict=True):
-            if own is not None:
-                parts.append(own(x_SNI))
-            elif product_SNO is not None:
-                part = product_SNO[..., end - size : end]
-                parts.append(part if bias is None else part + bias)
-        return torch.cat(parts, dim=-1)
+        product[:] = [base(x_SNI)]
+        y_SNO = torch.cat([own(x_SNI) for own in linears], dim=-1)
+        product.clear()
+        return y_SNO
 
     return linear

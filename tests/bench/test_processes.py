@@ -8,6 +8,7 @@ import pytest
 
 from flora.bench import processes
 from flora.bench.processes import Child, Server, Worker, _flags, environment
+from flora.bench.systems import SYSTEMS
 from flora.errors import FloraError
 
 CHILDREN = """
@@ -52,11 +53,11 @@ def test_a_server_that_ends_is_an_error_that_names_its_log(monkeypatch, tmp_path
     server.log.unlink()
 
 
-def test_the_plugin_is_on_for_flora_alone(monkeypatch):
+def test_the_plugin_is_on_for_what_is_floras(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    plugins = {s: environment(s)["VLLM_PLUGINS"] for s in ("base", "flora", "vllm-lora")}
-    assert plugins == {"base": "", "flora": "flora", "vllm-lora": ""}
+    plugins = {s: environment(s)["VLLM_PLUGINS"] for s in ("base", *SYSTEMS)}
+    assert plugins == {"base": "", "flora": "flora", "vllm-lora": "", "bmm": "flora"}
     assert environment("base")["VLLM_CPU_KVCACHE_SPACE"] == "2"
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     assert environment("base")["VLLM_CPU_KVCACHE_SPACE"] == "7"
@@ -64,4 +65,12 @@ def test_the_plugin_is_on_for_flora_alone(monkeypatch):
 
 def test_options_as_a_command_line():
     options = {"max_loras": 3, "enable_lora": True, "enable_prefix_caching": False}
-    assert _flags(options) == ["--max-loras", "3", "--enable-lora", "--no-enable-prefix-caching"]
+    options |= {"additional_config": {"flora": {"backend": "eager"}}}
+    assert _flags(options) == [
+        "--max-loras",
+        "3",
+        "--enable-lora",
+        "--no-enable-prefix-caching",
+        "--additional-config",
+        '{"flora": {"backend": "eager"}}',
+    ]

@@ -10,7 +10,7 @@ from flora.bench.adapters import parse_specs
 from flora.bench.limit import Load
 from flora.bench.processes import Worker
 from flora.bench.serve import LATENCIES, measure, summary, zipf
-from flora.bench.systems import engine_options, engines_of, max_lora_rank
+from flora.bench.systems import SYSTEMS, engine_options, engines_of, max_lora_rank
 from flora.cli import main
 from flora.errors import UsageError
 from tests import zoo
@@ -32,7 +32,7 @@ def test_a_draw_follows_zipfs_law():
 def test_an_engine_a_system_and_of_vllms_lora_one_a_mix():
     texts = ("FLORA:2", "LORA:9", "BASE+IA3", "LORA:64+LORA:8", "FLORA+IA3+HIRA+LOHA")
     mixes = [parse_specs(text, 1) for text in texts]
-    base, flora, *loras = engines_of(mixes, ["flora", "vllm-lora"], LOAD)
+    base, flora, bmm, *loras = engines_of(mixes, SYSTEMS, LOAD)
     assert (base.system, base.options, base.mixes) == ("base", {}, {None: [None]})
     assert flora.options == {"enable_lora": True, "max_loras": 3, "max_cpu_loras": 12}
     assert flora.mixes == {
@@ -42,6 +42,8 @@ def test_an_engine_a_system_and_of_vllms_lora_one_a_mix():
         2: [None, "2-1", None],
         3: ["3-0", "3-1", "3-2"],
     }
+    assert bmm.options == flora.options | {"additional_config": {"flora": {"backend": "eager"}}}
+    assert bmm.mixes == {number: flora.mixes[number] for number in (1, 3)}
     for engine, number, rank in zip(loras, (1, 3), (16, 64), strict=True):
         assert engine.system == "vllm-lora"
         assert engine.options == {"enable_lora": True, "max_loras": 3, "max_lora_rank": rank}
@@ -132,28 +134,29 @@ def test_engines_in_turns(tmp_path, monkeypatch):
         return answers[-1]
 
     monkeypatch.setattr(Worker, "ask", watched)
-    records = run(tmp_path, "--kinds", "FLORA:2,BASE+IA3,LORA:4", "--systems", "flora,vllm-lora")
+    records = run(tmp_path, "--kinds", "FLORA:2,BASE+IA3,LORA:4", "--systems", ",".join(SYSTEMS))
     assert [(r["system"], r["kind"], r["rank"], r["rows"], r["distinct"]) for r in records] == [
         ("base", None, None, 4, 4),
         ("flora", None, None, 4, 4),
         ("flora", "FLORA", 2, 4, 4),
         ("flora", "mixed", None, 4, 4),
         ("flora", "LORA", 4, 4, 4),
+        ("bmm", "LORA", 4, 4, 4),
         ("vllm-lora", "LORA", 4, 4, 4),
     ]
     assert {r["load"] for r in records} == {"offline"}
     assert all("ratio_to_limit" in r for r in records if r["kind"])
-    threads, answers = answers[:3], answers[3:]
+    threads, answers = answers[:4], answers[4:]
     assert len({*threads}) == 1
-    assert answers[10:] == answers[:10]
+    assert answers[12:] == answers[:12]
     # Each run of a system with one of the base in front.
-    (base, *others), (unused, flora, mixed, lora, own_lora) = answers[0:10:2], answers[1:10:2]
-    assert others == [base] * 4
+    (base, *others), (unused, flora, mixed, *loras) = answers[0:12:2], answers[1:12:2]
+    assert others == [base] * 5
     assert {len(tokens) for rows in answers for tokens in rows} == {8}
     assert unused == base
-    assert lora == own_lora
+    assert loras == [loras[0]] * 3
     assert mixed[0::2] == base[0::2]
-    for rows in (flora, lora):
+    for rows in (flora, loras[0]):
         assert all(row != of_base for row, of_base in zip(rows, base, strict=True))
     assert mixed[1::2] != base[1::2]
 

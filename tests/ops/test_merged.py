@@ -137,17 +137,23 @@ def test_a_merged_layer_says_what_does_not_fit():
         merged(wrong, "cpu", weight=True, pure=True)
 
 
+NOTHING_SCALED: list[Any] = [[{"rank": 2}, None], None, [{"rank": 3}, None]]
+ONE_SCALED: list[Any] = [[{"pairs": 1}, None], None, [{"rank": 3}, None]]
+ALL_SCALED: list[Any] = [[{"pairs": 3}, None]] * 3
+
+
 @pytest.mark.parametrize(
-    ("groups", "same_input", "expected"),
+    ("backend", "groups", "same_input", "expected"),
     [
-        ([[{"rank": 2}, None], None, [{"rank": 3}, None]], False, {"merged": 2}),
-        ([[{"pairs": 1}, None], None, [{"rank": 3}, None]], False, {"0": 2, "1": 2, "2": 2}),
-        ([[{"pairs": 3}, None]] * 3, True, {"merged": 4}),
+        ("cpu", NOTHING_SCALED, False, {"merged": 2}),
+        ("eager", NOTHING_SCALED, False, {"merged": 2}),
+        ("cpu", ONE_SCALED, False, {"0": 2, "1": 2, "2": 2}),
+        ("eager", ONE_SCALED, False, {"0": 2, "1": 2, "2": 2}),
+        ("cpu", ALL_SCALED, True, {"merged": 4}),
     ],
-    ids=["nothing scaled", "each scaled in its way", "all scaled in one way"],
 )
-def test_which_products_are_taken(groups, same_input, expected):
-    """Rows through them, of a batch of two."""
+def test_which_products_are_taken(backend, groups, same_input, expected):
+    """Rows through them, of a batch of two; `same_input` says that all are scaled in one way."""
     layers = make_layers(
         [own or [None, None] for own in groups], [0, 1], tokens=1, dtype=torch.float32, bias=True
     )
@@ -168,6 +174,6 @@ def test_which_products_are_taken(groups, same_input, expected):
             for number, layer in enumerate(layers)
         ]
         weight = torch.cat([layer.weight for layer in layers])
-        whole = Merged(partial(product, "merged", weight), slices, pure=True, backend="cpu")
+        whole = Merged(partial(product, "merged", weight), slices, pure=True, backend=backend)
         whole.prepare(layers[0].x, [0, 1], same_input=same_input)(layers[0].x)
     assert counts == expected
