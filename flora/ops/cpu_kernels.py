@@ -121,7 +121,7 @@ class Job:
         self.out_features = O = factors.out_features or size  # noqa: E741
         # The factors too: their pages are lent for as long as these are not forgotten.
         self._factors = factors
-        self.pools = factors.keep(self.dtype, Pools, factors, self.dtype)
+        self.pools = factors.keep(Pools, self.dtype, Pools, factors, self.dtype)
         self._job = self.pools.job(self.table.rows, S, N, I, O, stride or O)
         self.at = addressof(self._job)
         bias_O = operands.bias

@@ -1,7 +1,8 @@
 """The operator in plain torch: differentiable, on any device."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -10,6 +11,11 @@ from flora.ops import Linear, Operands
 from flora.ops.autograd import ModulatedLinear, RecomputedPasses, add_rows, scaled_product, take
 from flora.ops.factors import BatchFactors
 from flora.ops.plan import Index, Plan
+
+P = ParamSpec("P")
+
+KEPT_ROWS = 32
+"""Up to so many rows, or one of each adapter, keep their pages side by side for the next step."""
 
 
 def prepare(x_SNI: Tensor, operands: Operands) -> Linear:  # noqa: ARG001
@@ -39,7 +45,7 @@ def linear(x_SNI: Tensor, operands: Operands, *, weight_side: WeightSide = weigh
     """The operator, with another way to compute the weight side where a backend has one."""
     y = _hadamard(x_SNI, operands, weight_side)
     if operands.plan.additive:
-        y = _add_low_rank(y, x_SNI, operands.factors, operands.plan)
+        y = _add_low_rank(y, x_SNI, operands)
     if operands.plan.bias is not None:
         y = y + _row_bias(y, operands.factors, operands.plan, operands.bias)
     elif operands.bias is not None:
@@ -69,7 +75,8 @@ def _hadamard(x_SNI: Tensor, operands: Operands, weight_side: WeightSide) -> Ten
             if pages is None:
                 part = base(x).to(in_PI.dtype)
             else:
-                b, a = factors.keep(plan.passes[number].pages, pages_of, pages)
+                key = plan.passes[number].pages
+                b, a = _keep(operands, ("pass", number), key, pages_of, pages)
                 part = scaled_product(x, b, a, base)
             y = add_rows(y, part, rows, count)
     added = plan.additive or plan.bias is not None or operands.bias is not None
@@ -82,7 +89,22 @@ def _hadamard(x_SNI: Tensor, operands: Operands, weight_side: WeightSide) -> Ten
     return y
 
 
-def _add_low_rank(y_SNO: Tensor, x_SNI: Tensor, factors: BatchFactors, plan: Plan) -> Tensor:
+def _keep(
+    operands: Operands,
+    use: Hashable,
+    key: Hashable,
+    make: Callable[P, tuple[Tensor, Tensor]],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Pages by row; kept for the next step, unless a prompt's tokens are rows, as in serving."""
+    if len(operands.plan.rows) > max(KEPT_ROWS, len(operands.factors.pairs)):
+        return make(*args, **kwargs)
+    return operands.factors.keep(use, key, make, *args, **kwargs)
+
+
+def _add_low_rank(y_SNO: Tensor, x_SNI: Tensor, operands: Operands) -> Tensor:
+    factors, plan = operands.factors, operands.plan
     if factors.additive is None:
         return y_SNO
     down, up = factors.additive
@@ -93,8 +115,8 @@ def _add_low_rank(y_SNO: Tensor, x_SNI: Tensor, factors: BatchFactors, plan: Pla
 
     indices = plan.on(x_SNI.device).additive
     for segment, (rank, rows, pages) in zip(plan.additive, indices, strict=True):
-        key = rank, segment.pages, x_SNI.dtype
-        down_SIR, up_SRO = factors.keep(key, pages_of, pages, rank)
+        key = segment.pages, x_SNI.dtype
+        down_SIR, up_SRO = _keep(operands, ("rank", rank), key, pages_of, pages, rank)
         hidden_SNR = torch.bmm(take(x_SNI, rows), down_SIR)
         if rows is None and y_SNO.dtype == x_SNI.dtype:
             y_SNO = torch.baddbmm(y_SNO, hidden_SNR, up_SRO)

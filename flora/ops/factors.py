@@ -59,18 +59,23 @@ class BatchFactors:
     hadamard: Pages | None = None
     low_rank: Pages | None = None
     biases: Pages | None = None
-    _kept: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[Hashable, tuple[Hashable, object]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
-    def keep(self, key: Hashable, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def keep(
+        self, use: Hashable, key: Hashable, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """What `make` returns, made once: the steps of a generation take the same pages each time.
 
-        With gradients it is made anew, as a graph lives for one backward.
+        Of each use the latest is kept, as a server's mixes are without end. With gradients it is
+        made anew, as a graph lives for one backward.
         """
         if torch.is_grad_enabled():
             return make(*args, **kwargs)
-        if key not in self._kept:
-            self._kept[key] = make(*args, **kwargs)
-        return self._kept[key]  # type: ignore[return-value]
+        if use not in self._kept or self._kept[use][0] != key:
+            self._kept[use] = key, make(*args, **kwargs)
+        return self._kept[use][1]  # type: ignore[return-value]
 
     @cached_property
     def scales(self) -> tuple[Tensor, Tensor] | None:

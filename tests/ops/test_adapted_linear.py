@@ -16,7 +16,7 @@ from flora.bank import AdapterBank, LayerSpec, join_factors
 from flora.errors import BackendError, ShapeError
 from flora.ops import BACKENDS
 from flora.ops import adapted_linear as front_door
-from flora.ops.adapted_linear import adapted_linear, prepare
+from flora.ops.adapted_linear import Adapted, adapted_linear, prepare
 from flora.ops.factors import BatchFactors
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE
 from tests.helpers import assert_no_worse, random_factors
@@ -617,3 +617,18 @@ def test_shapes_are_checked_in_the_test_run():
         adapted_linear(
             torch.zeros(2, 11), torch.nn.Linear(11, 3), join_factors([None], torch.float32), [0, 0]
         )
+
+
+def test_of_pages_by_row_the_latest_are_kept_and_none_of_a_prompt():
+    """A server's mixes are without end, and each token of its prompts is a row."""
+    layer = make_layer([{"pairs": 1}, {"pairs": 1, "rank": 2}], [0, 1, 1])
+    factors = batch_factors(layer)
+    mixed = Adapted(lambda x: F.linear(x, layer.weight), factors, backend="eager")
+    with torch.no_grad():
+        for rows in ([0, 1, 1], [1, 0, 1], [1, 1, 0]):
+            mixed.prepare(layer.x, rows)(layer.x)
+        kept = {use: key for use, (key, _) in factors._kept.items()}
+        assert kept == {("pass", 0): (1, 1, 0), ("rank", 2): ((0, 1, 0, 1), torch.float32)}
+        long = layer.x.repeat(20, 1, 1)
+        mixed.prepare(long, [1, 0, 1] * 20)(long)
+    assert {use: key for use, (key, _) in factors._kept.items()} == kept
