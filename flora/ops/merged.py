@@ -64,7 +64,7 @@ class Merged:
         x:          S rows of N tokens.
         same_input: whether each group has one b for all layers: its copies then go through the
                     merged product, where the backend merges. So they do where no group scales
-                    anything. Else each layer has its own.
+                    the input, and without such a backend nothing. Else each layer has its own.
 
         Raises ShapeError where sizes do not fit, BackendError.
         """
