@@ -4,6 +4,7 @@ import mmap
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -484,6 +485,10 @@ def _room(pages: int, like: Tensor) -> Tensor:
         return like.new_empty(size)
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, prod(size) * like.itemsize, flags=private)
+    if advice := getattr(mmap, "MADV_HUGEPAGE", None):
+        # A batch reads pages far apart, and the processor's table of small ones holds few.
+        with suppress(OSError):  # the system may have none
+            memory.madvise(advice)
     return torch.frombuffer(memory, dtype=like.dtype).view(size)
 
 
