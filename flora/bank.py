@@ -115,10 +115,14 @@ class AdapterBank:
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._pools: dict[_Key, _Pool] = {}
         self._numbers: dict[_Key, dict[str, int]] = defaultdict(dict)
+        # Where each layer's pages are: family, pool, the layer's number in it.
+        self._places: dict[str, list[tuple[str, _Key, int]]] = {module: [] for module in layers}
         for module, spec in layers.items():
             for family in FAMILIES:
-                own = self._numbers[_Key.of(spec, family)]
+                key = _Key.of(spec, family)
+                own = self._numbers[key]
                 own[module] = len(own)
+                self._places[module].append((family, key, own[module]))
         self._last: tuple[tuple[str | None, ...], dict[_Key, _Laid]] | None = None
 
     def __contains__(self, identity: str) -> bool:
@@ -210,11 +214,9 @@ class AdapterBank:
             # The layers of a batch are asked for one after the other.
             self._last = named, self._lay(named)
         sizes, lent = dict.fromkeys(FAMILIES, (0,) * len(named)), {}
-        for family in FAMILIES:
-            key = _Key.of(self.layers[module], family)
+        for family, key, number in self._places[module]:
             if (laid := self._last[1].get(key)) is None:
                 continue
-            number = self._numbers[key][module]
             sizes[family] = laid.sizes[number]
             if any(sizes[family]):
                 lent[family] = self._pools[key].lend(laid, number)

@@ -292,6 +292,20 @@ class Host:
         call = batch.call(rows, columns, first)
         return None if batch.only_base else call
 
+    def prepare(self, layer: "AdaptedLayer", x: Tensor, call: Call) -> PreparedLayer:
+        """A layer in a call without gradients, and with it all others that take the same tokens.
+
+        One after the other each would find its Python swept from the caches by the last product.
+        """
+        leading = x.shape[:-1]
+        layer.takes_all = leading == (call.rows, call.columns)
+        if layer.takes_all:
+            for other in self.layers.values():
+                spec, known = self.base.specs[other.name], other.handle in call.prepared
+                if other.takes_all and not known and other is not layer and spec.device == x.device:
+                    other.prepare(x.new_empty(*leading, spec.in_features), call)
+        return layer.prepare(x, call)
+
     def _replay_in_backward(self, output: Any, call: Call | None) -> None:
         """Set the call again when a backward comes through: checkpointed layers run once more."""
 
@@ -371,6 +385,8 @@ class AdaptedLayer:
         self.device_type = host.base.specs[name].device.type
         self.trained = host.source.trained(name)
         self.handle = opaque.register(self)
+        # Whether it last ran on all tokens of a call, and no others.
+        self.takes_all = False
 
     def __call__(self, x: Tensor) -> Tensor:
         host = self.host  # a step of decoding comes here some hundred times, and feels each call
@@ -381,9 +397,14 @@ class AdaptedLayer:
             return self._prepare(x, call)(x)
         prepared = call.prepared.get(self.handle)
         if prepared is None or prepared.shape != x.shape or prepared.dtype is not x.dtype:
-            prepared = PreparedLayer(x.shape, x.dtype, self._prepare(x, call))
-            call.prepared[self.handle] = prepared
+            prepared = host.prepare(self, x, call)
         return prepared.linear(x)
+
+    def prepare(self, x: Tensor, call: Call) -> PreparedLayer:
+        """The layer for every x of this shape and type in this call."""
+        prepared = PreparedLayer(x.shape, x.dtype, self._prepare(x, call))
+        call.prepared[self.handle] = prepared
+        return prepared
 
     def _prepare(self, x: Tensor, call: Call) -> Callable[[Tensor], Tensor]:
         """The layer as a function of x, for every x of this shape and type in this call."""

@@ -8,10 +8,12 @@
 #include <Python.h>
 
 #include <ATen/cpu/vec/functional.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -31,6 +33,7 @@ constexpr int64_t kLine = 64;          // bytes that memory gives at once
 constexpr int64_t kGrain = 16384;      // numbers for which a second thread is worth waking
 constexpr int64_t kBlock = 1 << 18;    // bytes of a modulated W0 that a thread's own cache holds
 constexpr int64_t kMostBlock = 1 << 21;  // where so many tokens share it that their passes count
+constexpr int64_t kScratch = 1 << 26;   // bytes that a thread keeps for one use
 constexpr int64_t kBlockRows = 64;     // of it at least, as products of fewer are slow
 
 // A row of the batch, as `cpu.py` writes it.
@@ -134,9 +137,8 @@ void expand_token(const T* x, const Pages<float>& pages, const Row& row, T* out,
       std::copy_n(x, I, out);
       continue;
     }
-    const float *b = pages[row.first_page + copy], *next = pages[row.first_page + copy + 1];
+    const float* b = pages[row.first_page + copy];
     each_step(I, [&](int64_t i, int64_t n) {
-      fetch(next + i);
       const Step s = load(x + i, n), f = load(b + i, n);
       store(out + i, Step{s.low * f.low, s.high * f.high}, n);
     });
@@ -464,15 +466,16 @@ void modulate(const Job& job, int64_t first_page, int64_t pages, const void* wei
 
 using torch::stable::Tensor;
 
+constexpr torch::headeronly::ScalarType kTypes[] = {torch::headeronly::ScalarType::Float,
+                                                    torch::headeronly::ScalarType::BFloat16,
+                                                    torch::headeronly::ScalarType::Half};
+
 // Memory as a matrix, `stride` numbers from row to row.
 Tensor matrix(const void* data, int64_t rows, int64_t columns, int64_t stride, int64_t dtype) {
-  constexpr torch::headeronly::ScalarType types[] = {torch::headeronly::ScalarType::Float,
-                                                     torch::headeronly::ScalarType::BFloat16,
-                                                     torch::headeronly::ScalarType::Half};
   const int64_t sizes[] = {rows, columns}, strides[] = {stride, 1};
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   return torch::stable::from_blob(const_cast<void*>(data), {sizes, 2}, {strides, 2}, cpu,
-                                  types[dtype]);
+                                  kTypes[dtype]);
 }
 
 // x Wᵀ by torch's own product, which within a parallel region takes one thread.
@@ -566,6 +569,136 @@ void scale_gradients(const Job& job, int64_t of_out, const void* dy, const void*
   });
 }
 
+// A product with some W0 as another library's operator computes it: x [C, in] -> to [C, out].
+struct Product {
+  std::string name;
+  bool packed;    // whether it is (to, x, W0, bias, true), and not (to, x, bias, W0)
+  Tensor weight;  // in whatever form the operator takes it
+
+  void operator()(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& to) const {
+    using torch::stable::detail::from;
+    if (packed) {
+      std::array<StableIValue, 5> stack{from(to), from(x), from(weight), from(bias), from(true)};
+      call(stack.data());
+    } else {
+      std::array<StableIValue, 4> stack{from(to), from(x), from(bias), from(weight)};
+      call(stack.data());
+    }
+  }
+
+  void call(StableIValue* stack) const {
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name.c_str(), "", stack, TORCH_ABI_VERSION));
+  }
+};
+
+// What a layer adds to its product, or one of some merged layers to its columns.
+struct Part {
+  const Job* job;
+  const Product* product;  // its own, where the layers are not taken as a whole
+  const void* bias;
+  int64_t copies;          // of which that product is
+  int64_t expands;
+  int64_t first;           // bytes from the first of all columns to its own
+};
+
+// A layer in one batch, as `program.py` writes it.
+struct Program {
+  int64_t rows, in, out, dtype;
+  int64_t copies;    // of which the merged product is
+  int64_t expands;   // whether `job` makes these; else they are x
+  int64_t whole;     // whether there is a merged product
+  int64_t in_place;  // whether that is y
+  int64_t untouched;  // whether no adapter of the batch touches the layer
+  int64_t count;
+  const Part* parts;
+  const Job* job;
+};
+
+// A layer of a model, and the programs of the batch that runs on it; null: one without adapters.
+struct Layer {
+  const Program* const* const* programs;
+  int64_t number;
+  const Product* product;
+  const char* python;  // the operator that makes a program, or does without one
+};
+
+Tensor matrix(int64_t rows, int64_t columns, int64_t dtype) {
+  const int64_t sizes[] = {rows, columns};
+  return torch::stable::empty({sizes, 2}, kTypes[dtype]);
+}
+
+// Memory for one use until the next: what is new takes longer to get than to fill.
+template <int Use>
+Tensor scratch(int64_t rows, int64_t columns, int64_t dtype) {
+  thread_local std::vector<char> kept;
+  const int64_t bytes = rows * columns * (dtype ? 2 : 4);
+  if (bytes > kScratch) return matrix(rows, columns, dtype);
+  if (static_cast<int64_t>(kept.size()) < bytes) kept.resize(bytes);
+  return matrix(kept.data(), rows, columns, columns, dtype);
+}
+
+inline char* at(const Tensor& tensor, int64_t bytes) {
+  return static_cast<char*>(tensor.data_ptr()) + bytes;
+}
+
+// y of a layer whose product is `merged`.
+Tensor run(const Program& program, const Product& merged, const Tensor& x) {
+  const auto expanded = [&](bool expands, const Job* job, int64_t copies) {
+    if (!expands) return x;
+    const Tensor to = scratch<0>(copies, program.in, program.dtype);
+    expand(*job, x.data_ptr(), to.data_ptr());
+    return to;
+  };
+  const auto made = [&] { return matrix(program.rows, program.out, program.dtype); };
+  if (!program.whole) {
+    const Tensor y = made();
+    for (const Part *part = program.parts, *end = part + program.count; part != end; ++part) {
+      const Tensor copies = expanded(part->expands, part->job, part->copies);
+      const Tensor product = scratch<1>(part->copies, part->job->O, program.dtype);
+      (*part->product)(copies, std::nullopt, product);
+      contract(*part->job, at(product, 0), at(x, 0), part->bias, at(y, part->first));
+    }
+    return y;
+  }
+  const Tensor copies = expanded(program.expands, program.job, program.copies);
+  const Tensor product = program.in_place
+                             ? made() : scratch<1>(program.copies, program.out, program.dtype);
+  merged(copies, std::nullopt, product);
+  const Tensor y = program.in_place ? product : made();
+  for (const Part *part = program.parts, *end = part + program.count; part != end; ++part)
+    contract(*part->job, at(product, part->first), at(x, 0), part->bias, at(y, part->first));
+  return y;
+}
+
+// A layer in compiled code. Python is asked where its program is not made yet, or there can be none.
+Tensor linear(const Tensor& given, const std::optional<Tensor>& bias, const Tensor& layer,
+              const std::string& name, int64_t out) {
+  const Layer& own = **static_cast<const Layer* const*>(layer.data_ptr());
+  const Program* const* programs = *own.programs;
+  const Program* program = programs ? programs[own.number] : nullptr;
+  if (given.dim() == 2) {
+    const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
+    if (!programs || (program && program->untouched)) {
+      const int64_t sizes[] = {x.size(0), out};
+      const Tensor y = torch::stable::new_empty(x, {sizes, 2});
+      (*own.product)(x, bias, y);
+      return y;
+    }
+    if (program && program->rows == x.size(0)) return run(*program, *own.product, x);
+  }
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(given), from(bias), from(name), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(own.python, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+int64_t make_product(const std::string& name, bool packed, const Tensor& weight) {
+  return reinterpret_cast<int64_t>(new Product{name, packed, weight});
+}
+
+void drop_product(int64_t product) { delete reinterpret_cast<Product*>(product); }
+
 template <typename T>
 T argument(PyObject* number) {
   if constexpr (std::is_pointer_v<T>) return static_cast<T>(PyLong_AsVoidPtr(number));
@@ -626,6 +759,18 @@ PyMethodDef methods[] = {
 };
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "cpu", nullptr, 0, methods};
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flora, library) {
+  library.def("cpu_linear(Tensor x, Tensor? bias, Tensor layer, str name, int out_features) -> Tensor");
+  library.def("make_product(str name, bool packed, Tensor weight) -> int");
+  library.def("drop_product(int product) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flora, CompositeExplicitAutograd, library) {
+  library.impl("cpu_linear", TORCH_BOX(&linear));
+  library.impl("make_product", TORCH_BOX(&make_product));
+  library.impl("drop_product", TORCH_BOX(&drop_product));
+}
 
 }  // namespace
 

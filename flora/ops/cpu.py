@@ -69,11 +69,9 @@ class PreparedLinear:
             self.segments = table.segments.tolist()
         T = len(table.copies)
         self.copies_shape, self.product_shape, self.y_shape = (T, N, I), (T, N, O), (S, N, O)
-        self.kept: tuple[Tensor, int] | None = None
         self.pure = operands.pure
-        if self.expands and self.pure and T * N * I <= KEPT_COPIES:
-            kept = job.pools.copies(self.copies_shape)
-            self.kept = kept, kept.data_ptr()
+        self.keeps = self.pure and T * N * I <= KEPT_COPIES
+        self.kept: tuple[Tensor, int] | None = None
         self.weight = weight_OI.contiguous() if weight_OI is not None and self.segments else None
         # What a black box returns may be its own.
         self.in_place = table.in_order and (self.pure or bool(self.segments))
@@ -104,6 +102,8 @@ class PreparedLinear:
         else:
             copies_TNI = self._new_copies()
             copies_at = copies_TNI.data_ptr()
+            if self.keeps:
+                self.kept = copies_TNI, copies_at
         expand(self.job_at, x_at, copies_at)
         return copies_TNI
 
@@ -118,6 +118,8 @@ class PreparedLinear:
         return product_TNO if self.pure else self.job.check(product_TNO)
 
     def _new_copies(self) -> Tensor:
+        if self.keeps:
+            return self.job.pools.copies(self.copies_shape)
         # A black box may keep what it is given.
         if not self.pure or prod(self.copies_shape) > SHARED_COPIES:
             return torch.empty(self.copies_shape, dtype=self.job.dtype)

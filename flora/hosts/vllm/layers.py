@@ -6,21 +6,25 @@ class of them comes through, sharded, merged or quantised.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear, UnquantizedLinearMethod
 
 from flora.bank import LayerSpec
 from flora.hosts.rows import BatchAdapters, Call, PreparedLayer
+from flora.hosts.vllm.compiled import has_programs, product_of
 from flora.hosts.vllm.shards import Shard
 from flora.ops import Linear
 from flora.ops.adapted_linear import Adapted
 from flora.ops.factors import BaseProduct
 from flora.ops.merged import Merged, Slice
+
+if TYPE_CHECKING:  # the kernels are loaded where they are run
+    from flora.ops.program import CompiledLayer, Programs, Running
 
 KEPT = "flora_kept"
 """The attribute under which a layer has what `keep` kept of it."""
@@ -40,18 +44,34 @@ class Kept(NamedTuple):
 class Step(NamedTuple):
     """What a step of the engine runs.
 
-    call:         the adapter of each token.
+    call:       the adapter of each token.
     same_input: the merged layers of which each of its adapters scales the input as one.
+    programs:   of the layers that need no Python; None where there are none.
     """
 
     call: Call
     same_input: frozenset[str]
+    programs: "Programs | None" = None
 
 
 class Current:
     """The step that runs; None where none of its tokens uses an adapter."""
 
-    step: Step | None = None
+    def __init__(self) -> None:
+        self.layers: list[AdaptedLayer] = []
+        self._step: Step | None = None
+        self.running: Running | None = None
+        """What compiled code reads of the step; None where it runs no programs."""
+
+    @property
+    def step(self) -> Step | None:
+        return self._step
+
+    @step.setter
+    def step(self, step: Step | None) -> None:
+        self._step = step
+        if self.running is not None:
+            self.running.set(None if step is None else step.programs)
 
     def split(self, x: Tensor, units: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
         """The group of each unit, and x by units, `[units, columns, in]`: here each is a token."""
@@ -80,7 +100,7 @@ class Part:
     ) -> None:
         self.layer, self.name, self.first, self.shard = layer, name, first, shard
         self.out_features, self.in_features = out_features, layer.in_features
-        self._own_product = product
+        self.base = self._columns if product is None else product
 
     @property
     def rows(self) -> slice:
@@ -97,9 +117,11 @@ class Part:
         return None if bias is None else bias[self.rows]
 
     def product(self, x: Tensor, /) -> Tensor:
-        """W0 x, `[..., out]`, without the bias; what a merged layer computes beside it is lost."""
-        if self._own_product is not None:
-            return self._own_product(x)
+        """W0 x, `[..., out]`, without the bias."""
+        return self.base(x)
+
+    def _columns(self, x: Tensor) -> Tensor:
+        """The product where it stands in a merged one, or W0 is there; what else is, is lost."""
         if (weight := self.weight) is not None:
             return F.linear(x, weight)
         return self.layer.product(x)[..., self.rows].contiguous()
@@ -136,56 +158,83 @@ class AdaptedLayer:
         kept: Kept | None = getattr(layer, KEPT, None)
         self.weight = _readable_weight(layer) if kept is None else kept.weight
         firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.compiled: CompiledLayer | None = None
+        self.merged = self._known(self.product)
         products: Sequence[BaseProduct | None] = [None] * len(sizes)
         if len(sizes) == 1:
-            products = [self.product]
+            products = [self.merged]
         elif kept is not None:
-            products = kept.products
+            products = [self._known(product) for product in kept.products]
         shards = [Shard.of(layer, i, size, self.in_features) for i, size in enumerate(sizes)]
         self.parts = [
             Part(self, *own) for own in zip(names, firsts, shards, sizes, products, strict=True)
         ]
         self.bias: Tensor | None = None if layer.skip_bias_add else layer.bias
+        # Of a layer whose parts are summed, one rank adds it.
+        summed = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+        self.passed_bias = None if summed else self.bias
 
     def product(self, x: Tensor) -> Tensor:
         """W0 x, `[..., out]`, without the bias."""
         return self.apply(self.layer, x, None)
+
+    def _known(self, product: BaseProduct) -> BaseProduct:
+        """The same, as compiled code takes it where it can."""
+        plain = type(self.layer.quant_method) is UnquantizedLinearMethod
+        if not plain or not has_programs(self.backend, self.device):
+            return product
+        return product_of(product, self.in_features, self.dtype)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         step = self.current.step
         if step is None:
             return self.apply(self.layer, x, bias)
         prepared = step.call.prepared.get(self.name)
-        if prepared is None or prepared.shape != x.shape:
-            prepared = PreparedLayer(x.shape, x.dtype, self._prepare(x, step, bias))
-            step.call.prepared[self.name] = prepared
-        y: Tensor = prepared.linear(x)
+        if prepared is None:
+            # All at once: each product sweeps what the next layer needs for it out of the caches.
+            for layer in self.current.layers:
+                layer.prepare(x, step)
+        elif prepared.shape != x.shape:
+            self.prepare(x, step)
+        y: Tensor = step.call.prepared[self.name].linear(x)
         return y
 
-    def _prepare(self, x: Tensor, step: Step, bias: Tensor | None) -> Linear:
-        """The layer as a function of x, for every x of this shape in this step."""
+    def prepare(self, x: Tensor, step: Step) -> None:
+        """Make ready for a step.
+
+        x: any layer's in that step.
+        """
         adapters, units = step.call.adapters, step.call.units
         if self.name not in adapters.kept:
-            adapters.kept[self.name] = self._with(adapters, bias)
+            adapters.kept[self.name] = self._with(adapters)
         layer: Adapted | Merged | None = adapters.kept[self.name]
-        if layer is None:
-            return lambda x: self.apply(self.layer, x, bias)
+        x = x.new_empty(*x.shape[:-1], self.in_features)
+        linear: Linear | None = None
         units, x_SI = self.current.split(x, units)
         if isinstance(layer, Merged):
             linear = layer.prepare(x_SI, units, same_input=self.name in step.same_input)
-        else:
+        elif layer is not None:
             linear = layer.prepare(x_SI, units)
-        inner, outer = x_SI.shape, (*x.shape[:-1], self.out_features)
-        return lambda x: linear(x.reshape(inner)).reshape(outer)
+        run: Linear = partial(self._run, linear, x_SI.shape)
+        if self.compiled is not None and step.programs is not None:
+            has_program = step.programs.put(self.compiled.number, linear)
+            if has_program and linear is not None and x.ndim == 2:
+                run = self.compiled
+        step.call.prepared[self.name] = PreparedLayer(x.shape, x.dtype, run)
 
-    def _with(self, adapters: BatchAdapters, bias: Tensor | None) -> Adapted | Merged | None:
+    def _run(self, linear: Linear | None, shape: Sequence[int], x: Tensor) -> Tensor:
+        if linear is None:
+            return self.apply(self.layer, x, self.passed_bias)
+        return linear(x.reshape(shape)).reshape(*x.shape[:-1], self.out_features)
+
+    def _with(self, adapters: BatchAdapters) -> Adapted | Merged | None:
         """The layer with these adapters; None where none of them touches it."""
-        factors = [adapters.factors(part.name) for part in self.parts]
+        factors, bias = [adapters.factors(part.name) for part in self.parts], self.passed_bias
         if all(own is None for own in factors):
             return None
         if len(self.parts) == 1 and factors[0] is not None:
             return Adapted(
-                self.product,
+                self.merged,
                 factors[0],
                 bias=bias,
                 weight=self.weight,
@@ -195,14 +244,14 @@ class AdaptedLayer:
         slices = [
             Slice(
                 out_features=part.out_features,
-                base=part.product,
+                base=part.base,
                 factors=own,
                 bias=None if bias is None else bias[part.rows],
                 weight=part.weight,
             )
             for part, own in zip(self.parts, factors, strict=True)
         ]
-        return Merged(self.product, slices, pure=True, backend=self.backend)
+        return Merged(self.merged, slices, pure=True, backend=self.backend)
 
 
 def keep(layer: nn.Module, pack: Callable[[nn.Module], None], *, weight: bool) -> None:
@@ -237,6 +286,9 @@ def _readable_weight(layer: LinearBase) -> Tensor | None:
 
 SUFFIX = "flora"
 """What an adapted layer's name ends with among the layers that compiled code finds by name."""
+
+OPERATOR = "flora::vllm_linear"
+"""What compiled code has in the place of a layer, where it does not run a program."""
 
 
 def opaque(layer: AdaptedLayer, *, into: bool) -> Callable[..., Tensor]:

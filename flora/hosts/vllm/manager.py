@@ -18,6 +18,7 @@ from flora.bank import AdapterBank, PagedAdapter
 from flora.errors import FloraError, OutOfBudgetError, UsageError
 from flora.hosts.rows import BatchAdapters, Call
 from flora.hosts.vllm.base import VllmBase
+from flora.hosts.vllm.compiled import new_programs
 from flora.hosts.vllm.encoder import Items
 from flora.hosts.vllm.layers import AdaptedLayer, Current, Step
 from flora.hosts.vllm.model import adapt
@@ -191,7 +192,7 @@ class AdapterManager:
         of = {n: group[identity] for n, identity in identities.items()} | {0: 0}
         units = tuple(of[n] for n in numbers)
         shared = frozenset.intersection(*(self._shared[name] for name in identities.values()))
-        return Step(Call(roster, len(units), 1, units), shared)
+        return Step(Call(roster, len(units), 1, units), shared, new_programs(self.layers))
 
     def _roster_with(self, identities: set[str]) -> BatchAdapters:
         """These adapters, and others that late steps used: what layers have of them stays the same.

