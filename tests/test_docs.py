@@ -261,6 +261,7 @@ def summaries(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         ("docs/bench.md", "decode.json"),
         ("docs/bench.md", "train.json"),
         ("docs/vllm.md", "serve.json"),
+        ("docs/vllm.md", "serve-bf16.json"),
     ],
 )
 def test_a_page_quotes_what_was_measured(page, results):
