@@ -61,7 +61,8 @@ class Product:
     def __init__(self, product: BaseProduct, name: str, weight: Tensor, *, packed: bool) -> None:
         self.product = product
         self.at: int = torch.ops.flora.make_product(name, packed, weight)
-        finalize(self, torch.ops.flora.drop_product, self.at)
+        # At the end of the process torch may be gone before.
+        finalize(self, torch.ops.flora.drop_product, self.at).atexit = False
 
     def __call__(self, x: Tensor, /) -> Tensor:
         return self.product(x)
