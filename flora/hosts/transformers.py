@@ -297,14 +297,14 @@ class Host:
 
         One after the other each would find its Python swept from the caches by the last product.
         """
-        leading = x.shape[:-1]
+        leading, prepared = x.shape[:-1], layer.prepare(x, call)
         layer.takes_all = leading == (call.rows, call.columns)
         if layer.takes_all:
             for other in self.layers.values():
                 spec, known = self.base.specs[other.name], other.handle in call.prepared
-                if other.takes_all and not known and other is not layer and spec.device == x.device:
+                if other.takes_all and not known and spec.device == x.device:
                     other.prepare(x.new_empty(*leading, spec.in_features), call)
-        return layer.prepare(x, call)
+        return prepared
 
     def _replay_in_backward(self, output: Any, call: Call | None) -> None:
         """Set the call again when a backward comes through: checkpointed layers run once more."""

@@ -603,15 +603,17 @@ struct Part {
 
 // A layer in one batch, as `program.py` writes it.
 struct Program {
-  int64_t rows, in, out, dtype;
+  const Job* job;    // the first part's, which says of all what rows there are
+  int64_t out;
   int64_t copies;    // of which the merged product is
-  int64_t expands;   // whether `job` makes these; else they are x
+  int64_t expands;   // whether the job makes these; else they are x
   int64_t whole;     // whether there is a merged product
   int64_t in_place;  // whether that is y
   int64_t untouched;  // whether no adapter of the batch touches the layer
   int64_t count;
   const Part* parts;
-  const Job* job;
+
+  int64_t rows() const { return job->S * job->N; }
 };
 
 // A layer of a model, and the programs of the batch that runs on it; null: one without adapters.
@@ -643,18 +645,19 @@ inline char* at(const Tensor& tensor, int64_t bytes) {
 
 // y of a layer whose product is `merged`.
 Tensor run(const Program& program, const Product& merged, const Tensor& x) {
+  const int64_t dtype = program.job->dtype;
   const auto expanded = [&](bool expands, const Job* job, int64_t copies) {
     if (!expands) return x;
-    const Tensor to = scratch<0>(copies, program.in, program.dtype);
+    const Tensor to = scratch<0>(copies, job->I, job->dtype);
     expand(*job, x.data_ptr(), to.data_ptr());
     return to;
   };
-  const auto made = [&] { return matrix(program.rows, program.out, program.dtype); };
+  const auto made = [&] { return matrix(program.rows(), program.out, dtype); };
   if (!program.whole) {
     const Tensor y = made();
     for (const Part *part = program.parts, *end = part + program.count; part != end; ++part) {
       const Tensor copies = expanded(part->expands, part->job, part->copies);
-      const Tensor product = scratch<1>(part->copies, part->job->O, program.dtype);
+      const Tensor product = scratch<1>(part->copies, part->job->O, dtype);
       (*part->product)(copies, std::nullopt, product);
       contract(*part->job, at(product, 0), at(x, 0), part->bias, at(y, part->first));
     }
@@ -662,7 +665,7 @@ Tensor run(const Program& program, const Product& merged, const Tensor& x) {
   }
   const Tensor copies = expanded(program.expands, program.job, program.copies);
   const Tensor product = program.in_place
-                             ? made() : scratch<1>(program.copies, program.out, program.dtype);
+                             ? made() : scratch<1>(program.copies, program.out, dtype);
   merged(copies, std::nullopt, product);
   const Tensor y = program.in_place ? product : made();
   for (const Part *part = program.parts, *end = part + program.count; part != end; ++part)
@@ -684,7 +687,7 @@ Tensor linear(const Tensor& given, const std::optional<Tensor>& bias, const Tens
       (*own.product)(x, bias, y);
       return y;
     }
-    if (program && program->rows == x.size(0)) return run(*program, *own.product, x);
+    if (program && program->rows() == x.size(0)) return run(*program, *own.product, x);
   }
   using torch::stable::detail::from;
   std::array<StableIValue, 4> stack{from(given), from(bias), from(name), from(out)};

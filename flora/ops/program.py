@@ -16,7 +16,6 @@ from torch import Tensor
 
 from flora.ops import Linear
 from flora.ops.cpu import MergedLinear, PreparedLinear
-from flora.ops.cpu_kernels import DTYPES
 from flora.ops.factors import BaseProduct
 
 
@@ -33,9 +32,10 @@ class _Program(Structure):
     """`Program` in cpu.cpp."""
 
     _fields_: ClassVar = [
-        *((name, c_int64) for name in ("rows", "in_features", "out_features", "dtype", "copies")),
-        *((name, c_int64) for name in ("expands", "whole", "in_place", "untouched", "count")),
-        *((name, c_void_p) for name in ("parts", "job")),
+        ("job", c_void_p),
+        *((name, c_int64) for name in ("out_features", "copies", "expands", "whole", "in_place")),
+        *((name, c_int64) for name in ("untouched", "count")),
+        ("parts", c_void_p),
     ]
 
 
@@ -95,7 +95,7 @@ def make_program(linear: Linear) -> Program | None:
     products = [base.at for base in bases if isinstance(base, Product)]
     if any(layer.segments for layer in layers) or len(products) < len(bases):
         return None
-    first, (S, N, O) = layers[0], linear.y_shape  # noqa: E741
+    first = layers[0]
     laid = (_Part * len(parts))(
         *(
             _Part(
@@ -110,17 +110,14 @@ def make_program(linear: Linear) -> Program | None:
         )
     )
     own = _Program(
-        rows=S * N,
-        in_features=first.copies_shape[2],
-        out_features=O,
-        dtype=DTYPES.index(first.job.dtype),
+        job=first.job_at,
+        out_features=linear.y_shape[2],
         copies=prod(first.copies_shape[:2]),
         expands=first.expands,
         whole=whole,
         in_place=linear.in_place,
         count=len(parts),
         parts=addressof(laid),
-        job=first.job_at,
     )
     return Program(own, laid, linear)
 
@@ -174,9 +171,9 @@ class CompiledLayer:
         self.handle = torch.tensor(addressof(self._own))
         self.name, self.out_features = name, out_features
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """y of a layer that has a program, with the bias that it was prepared with."""
-        y: Tensor = torch.ops.flora.cpu_linear(x, None, self.handle, self.name, self.out_features)
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y; a program has the bias that it was prepared with."""
+        y: Tensor = torch.ops.flora.cpu_linear(x, bias, self.handle, self.name, self.out_features)
         return y
 
 

@@ -18,7 +18,7 @@ from flora.ops import BACKENDS
 from flora.ops import adapted_linear as front_door
 from flora.ops.adapted_linear import Adapted, adapted_linear, prepare
 from flora.ops.factors import BatchFactors
-from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE
+from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE, Costs
 from tests.helpers import assert_no_worse, random_factors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -214,12 +214,17 @@ def absolute(layer: Layer) -> Layer:
     )
 
 
+def set_side(patch: pytest.MonkeyPatch, costs: Costs) -> None:
+    """Have all plans go by these costs."""
+    patch.setattr(front_door, "DEFAULT_COSTS", costs)
+    patch.setattr(front_door, "layer_costs", lambda *_, **__: costs)
+
+
 @pytest.fixture(params=["activation", "weight"])
 def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forces a side: of the weight side every group that is scaled, at any size."""
     costs = WEIGHT_SIDE if request.param == "weight" else ACTIVATION_SIDE
-    monkeypatch.setattr(front_door, "DEFAULT_COSTS", costs)
-    monkeypatch.setattr(front_door, "layer_costs", lambda *_, **__: costs)
+    set_side(monkeypatch, costs)
     return request.param
 
 
@@ -321,8 +326,7 @@ def test_a_large_weight_is_modulated_block_by_block(
     out_features, tokens, threads, dtype, monkeypatch
 ):
     """Several blocks for each of several threads, the last one smaller; more threads than rows."""
-    monkeypatch.setattr(front_door, "DEFAULT_COSTS", WEIGHT_SIDE)
-    monkeypatch.setattr(front_door, "layer_costs", lambda *_, **__: WEIGHT_SIDE)
+    set_side(monkeypatch, WEIGHT_SIDE)
     layer = make_layer(
         [{"pairs": 3}, None, {"pairs": 2, "rank": 2}],
         [0, 1, 2, 0],

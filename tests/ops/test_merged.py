@@ -12,10 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flora.errors import ShapeError
-from flora.ops import adapted_linear as front_door
 from flora.ops.merged import Merged, Slice
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE
-from tests.ops.test_adapted_linear import Layer, assert_right, batch_factors, make_layer
+from tests.ops.test_adapted_linear import (
+    Layer,
+    assert_right,
+    batch_factors,
+    make_layer,
+    set_side,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 BACKENDS = ["eager", "cpu"]
@@ -103,8 +108,7 @@ def test_merged_layers_are_what_each_is_alone(
 ):
     layers = make_layers(groups, rows, tokens=tokens, dtype=dtype, bias=bias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(front_door, "DEFAULT_COSTS", side)
-        patch.setattr(front_door, "layer_costs", lambda *_, **__: side)
+        set_side(patch, side)
         assert_each_right(merged(layers, backend, weight=weight, pure=pure), layers)
 
 

@@ -15,7 +15,13 @@ from flora.ops import adapted_linear as front_door
 from flora.ops.merged import Merged, Slice
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE
 from flora.ops.program import CompiledLayer, Product, Programs, Running
-from tests.ops.test_adapted_linear import Layer, assert_right, batch_factors, make_layer
+from tests.ops.test_adapted_linear import (
+    Layer,
+    assert_right,
+    batch_factors,
+    make_layer,
+    set_side,
+)
 from tests.ops.test_merged import GROUPS, SIZES, assert_each_right, make_layers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -65,8 +71,7 @@ class Compiled:
         return self.programs.put(1, linear)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        own = self.layer
-        return torch.ops.flora.cpu_linear(x, bias, own.handle, own.name, own.out_features)
+        return self.layer(x, bias)
 
 
 def merged(layers: list[Layer], *, packed: bool) -> Merged:
@@ -85,11 +90,6 @@ def merged(layers: list[Layer], *, packed: bool) -> Merged:
         pure=True,
         backend="cpu",
     )
-
-
-def set_side(patch: pytest.MonkeyPatch, side: Any) -> None:
-    patch.setattr(front_door, "DEFAULT_COSTS", side)
-    patch.setattr(front_door, "layer_costs", lambda *_, **__: side)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
     call: Call
     same_input: frozenset[str]
-    programs: "Programs | None" = None
+    programs: "Programs | None"
 
 
 class Current:
