@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flora.adapters.core import Adapter, LayerFactors
 from flora.errors import InvalidAdapterError, OutOfBudgetError, UnknownAdapterError
-from flora.ops.factors import BatchFactors, Pages
+from flora.ops.factors import BatchFactors, Pages, centered
 
 RESERVE = {"cpu": 2.0}
 """A full pool moves to where it has so many times the room that it needs, by the device: a CPU's
@@ -59,9 +59,15 @@ class _Key(NamedTuple):
     def of(cls, spec: LayerSpec, family: str) -> "_Key":
         sizes = {"in": spec.in_features, "out": spec.out_features}
         widths = tuple(sizes[side] for side in WIDTHS[family])
-        # Hadamard pages are kept in at least fp32.
-        exact = torch.promote_types(spec.dtype, torch.float32)
-        return cls(family, widths, exact if family == "hadamard" else spec.dtype, spec.device)
+        dtype = spec.dtype
+        if family == "hadamard" and dtype != torch.bfloat16:
+            dtype = torch.promote_types(dtype, torch.float32)
+        return cls(family, widths, dtype, spec.device)
+
+    @property
+    def centered(self) -> bool:
+        """Whether pages lie as what they are off their centers, which are further tensors."""
+        return self.family == "hadamard" and self.dtype == torch.bfloat16
 
 
 class _Part(NamedTuple):
@@ -284,24 +290,25 @@ class AdapterBank:
     @torch.no_grad()
     def _part(self, key: _Key, layers: Mapping[str, Sequence[Tensor]]) -> _Part:
         """The pages of these layers. Raises InvalidAdapterError where one is beyond their type."""
-        limit = torch.finfo(key.dtype).max
-        joined = []
-        for tensors in zip(*layers.values(), strict=True):
-            pages = torch.cat([tensor.to(key.device) for tensor in tensors])
-            if pages.dtype != key.dtype and pages.abs().max() > limit:
-                largest = {m: float(t.abs().max()) for m, t in zip(layers, tensors, strict=True)}
-                module = next(m for m, found in largest.items() if found > limit)
+        sides = [
+            torch.cat([tensor.to(key.device) for tensor in tensors])
+            for tensors in zip(*layers.values(), strict=True)
+        ]
+        kept = [centered(side) if key.centered else (side.to(key.dtype),) for side in sides]
+        counts = [len(own[0]) for own in layers.values()]
+        for side, (pages, *_) in zip(sides, kept, strict=True):
+            if not (fits := pages.isfinite().all(dim=1)).all():
+                page = int(fits.int().argmin())
+                module = np.repeat([*layers], counts)[page]
                 kind = str(key.dtype).removeprefix("torch.")
-                raise InvalidAdapterError(
-                    f"{module} {key.family}: {largest[module]:g} is beyond {kind}"
-                )
-            joined.append(pages.to(key.dtype))
+                largest = float(side[page].abs().max())
+                raise InvalidAdapterError(f"{module} {key.family}: {largest:g} is beyond {kind}")
         numbers = [self._numbers[key][module] for module in layers]
         is_scale = key.family == "hadamard"
         return _Part(
-            tensors=tuple(joined),
-            layers=np.repeat(numbers, [len(own[0]) for own in layers.values()]),
-            ones=np.array([((t == 1).all(dim=1) & is_scale).tolist() for t in joined]),
+            tensors=tuple(tensor for parts in zip(*kept, strict=True) for tensor in parts),
+            layers=np.repeat(numbers, counts),
+            ones=np.array([((t == 1).all(dim=1) & is_scale).tolist() for t in sides]),
         )
 
     def _lay(self, identities: tuple[str | None, ...]) -> dict[_Key, "_Laid"]:
@@ -370,6 +377,8 @@ class _Laid(NamedTuple):
 class _Pool:
     """Pages of one size: parallel tensors `[room, width]`, and who holds which page.
 
+    Behind the tensors of both sides are those of their centers, where pages are centered.
+
     Pages that were lent are not written to until they were given back, by being forgotten.
 
     capacity: the pages that were ever written to, the first ones.
@@ -378,10 +387,12 @@ class _Pool:
     """
 
     def __init__(self, key: _Key) -> None:
+        widths = key.widths + (1,) * len(key.widths) * key.centered
         self.tensors = tuple(
-            torch.empty(0, width, dtype=key.dtype, device=key.device) for width in key.widths
+            torch.empty(0, width, dtype=key.dtype, device=key.device) for width in widths
         )
-        self.page_bytes = sum(key.widths) * key.dtype.itemsize
+        self.sides = len(key.widths)
+        self.page_bytes = sum(widths) * key.dtype.itemsize
         self.capacity = 0
         self.held: dict[str, _Span] = {}
         self.free: list[int] = []
@@ -437,7 +448,8 @@ class _Pool:
     def lend(self, laid: _Laid, layer: int) -> Pages:
         """One layer's pages."""
         index = laid.pages[laid.ends[layer] : laid.ends[layer + 1]]
-        self._lent.add(pages := Pages(self.tensors, index, laid.neutral[layer]))
+        sides, centers = self.tensors[: self.sides], self.tensors[self.sides :]
+        self._lent.add(pages := Pages(sides, index, laid.neutral[layer], centers or None))
         return pages
 
     def compact(self) -> None:

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <array>
+#include <deque>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -51,6 +52,7 @@ struct Pool {
   const void* pages;
   const int32_t* index;
   int64_t count;
+  const at::BFloat16* centers;  // Hadamard pages': null where these lie as fp32
 };
 
 template <typename T>
@@ -64,9 +66,11 @@ struct Pages {
         width(width) {}
 
   // Of a page behind the last, which is only asked for early, that of the last.
-  const T* operator[](int64_t page) const {
+  const T* operator[](int64_t page) const { return pages + place(page) * width; }
+
+  int64_t place(int64_t page) const {
     page = std::min(page, last);
-    return pages + (index ? index[page] : page) * width;
+    return index ? index[page] : page;
   }
 };
 
@@ -117,6 +121,35 @@ inline void fetch(const T* from) {
     __builtin_prefetch(reinterpret_cast<const char*>(from) + byte, 0, 2);
 }
 
+// A Hadamard page: in fp32, or in bf16 by how far each number lies off the page's center.
+struct Scale {
+  const float* exact;
+  const at::BFloat16* offsets;
+  Lanes center;
+
+  Step at(int64_t i, int64_t count) const {
+    if (exact) return load(exact + i, count);
+    const Step off = load(offsets + i, count);
+    return {center + off.low, center + off.high};
+  }
+
+  void fetch_at(int64_t i) const { exact ? fetch(exact + i) : fetch(offsets + i); }
+};
+
+struct Scales {
+  Pages<float> exact;
+  Pages<at::BFloat16> offsets;
+  const at::BFloat16* centers;
+
+  Scales(const Pool& pool, int64_t width)
+      : exact(pool, width), offsets(pool, width), centers(pool.centers) {}
+
+  Scale operator[](int64_t page) const {
+    if (!centers) return {exact[page], nullptr, Lanes(0)};
+    return {nullptr, offsets[page], Lanes(float(centers[offsets.place(page)]))};
+  }
+};
+
 template <typename Body>
 inline void each_step(int64_t width, const Body& body) {
   int64_t at = 0;
@@ -130,16 +163,16 @@ inline float total(const Step& step) {
 }
 
 template <typename T>
-void expand_token(const T* x, const Pages<float>& pages, const Row& row, T* out,
+void expand_token(const T* x, const Scales& pages, const Row& row, T* out,
                   int64_t stride, int64_t I) {
   for (int64_t copy = 0; copy < row.copies; ++copy, out += stride) {
     if (row.first_page < 0) {
       std::copy_n(x, I, out);
       continue;
     }
-    const float* b = pages[row.first_page + copy];
+    const Scale b = pages[row.first_page + copy];
     each_step(I, [&](int64_t i, int64_t n) {
-      const Step s = load(x + i, n), f = load(b + i, n);
+      const Step s = load(x + i, n), f = b.at(i, n);
       store(out + i, Step{s.low * f.low, s.high * f.high}, n);
     });
   }
@@ -190,7 +223,7 @@ void shrink(const T* x, const Pages<T>& down, int64_t first, float* hidden, int6
 template <typename T>
 struct Contraction {
   const T *product, *x, *own_bias;
-  Pages<float> a;
+  Scales a;
   Pages<T> down, up, biases;
   T* y;
   int64_t N, I, O, product_stride, y_stride;
@@ -266,8 +299,8 @@ struct Contraction {
     for (int64_t copy = 0; copy < row.copies; ++copy) {
       Step scale{Lanes(1), Lanes(1)};
       if (const int64_t page = row.first_page + copy; row.first_page >= 0) {
-        fetch(a[page + row.copies] + o);
-        scale = load(a[page] + o, n);
+        a[page + row.copies].fetch_at(o);
+        scale = a[page].at(o, n);
       }
       const T* from = own.product + copy * N * product_stride + o;
       for (int64_t t = 0; t < Tokens; ++t)
@@ -276,15 +309,28 @@ struct Contraction {
   }
 };
 
-// Where the pages of one adapter lie.
+// The pages of one adapter in fp32, where they lie or copied once for all rows of W0.
 struct Pairs {
   std::vector<const float*> b, a;
 
-  Pairs(const Pages<float>& in, const Pages<float>& out, int64_t first, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) b.push_back(in[first + j]), a.push_back(out[first + j]);
+  Pairs(const Scales& in, const Scales& out, int64_t first, int64_t count) {
+    for (int64_t j = 0; j < count; ++j)
+      b.push_back(exact(in, first + j)), a.push_back(exact(out, first + j));
   }
 
   int64_t count() const { return b.size(); }
+
+ private:
+  std::deque<std::vector<float>> copies;
+
+  const float* exact(const Scales& pages, int64_t number) {
+    const Scale page = pages[number];
+    if (page.exact) return page.exact;
+    const int64_t width = pages.offsets.width;
+    float* copy = copies.emplace_back(width).data();
+    each_step(width, [&](int64_t i, int64_t n) { store(copy + i, page.at(i, n), n); });
+    return copy;
+  }
 };
 
 // Σ_j a_j[o] b_j times W0, for R rows of it from o on.
@@ -344,12 +390,12 @@ void gradient_rows(const T* gradient, const T* weight, const Pairs& pairs, int64
 
 // Of one row's tokens and `width` of its features: dv = dy ∘ page, and Σ dy ∘ v over the tokens.
 template <typename T>
-void scale_gradients_of(const T* dy, const T* v, const float* page, T* dv, float* sums, int64_t N,
-                        int64_t stride, int64_t width) {
+void scale_gradients_of(const T* dy, const T* v, const Scale& page, int64_t first, T* dv,
+                        float* sums, int64_t N, int64_t stride, int64_t width) {
   std::fill_n(sums, width, 0.0f);
   for (int64_t n = 0; n < N; ++n, dy += stride, v += stride, dv += stride) {
     each_step(width, [&](int64_t i, int64_t count) {
-      const Step d = load(dy + i, count), p = load(page + i, count);
+      const Step d = load(dy + i, count), p = page.at(first + i, count);
       Step sum = load(sums + i, count);
       add_product(sum, d, load(v + i, count));
       store(sums + i, sum, count);
@@ -388,7 +434,7 @@ void expand(const Job& job, const void* x, void* to) {
   dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t N = job.N, I = job.I;
-    const Pages<float> pages(job.b, I);
+    const Scales pages(job.b, I);
     parallel_for(job.S * N, I, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
         const Row& row = job.rows[token / N];
@@ -549,7 +595,7 @@ void scale_gradients(const Job& job, int64_t of_out, const void* dy, const void*
   dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t N = job.N, W = of_out ? job.O : job.I;
-    const Pages<float> pages(of_out ? job.a : job.b, W);
+    const Scales pages(of_out ? job.a : job.b, W);
     const int64_t blocks = (W + kColumns - 1) / kColumns;
     parallel_for(job.S * blocks, N * kColumns, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
@@ -559,7 +605,7 @@ void scale_gradients(const Job& job, int64_t of_out, const void* dy, const void*
         T* to = static_cast<T*>(dv) + at;
         float* own = sums + s * W + first;
         if (const int64_t page = job.rows[s].first_page; page >= 0) {
-          scale_gradients_of(from, by, pages[page] + first, to, own, N, W, width);
+          scale_gradients_of(from, by, pages[page], first, to, own, N, W, width);
         } else {
           std::fill_n(own, width, 0.0f);
           for (int64_t n = 0; n < N; ++n) std::copy_n(from + n * W, width, to + n * W);

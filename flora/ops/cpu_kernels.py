@@ -23,10 +23,15 @@ modulation_gradients, scale_gradients = kernels.modulation_gradients, kernels.sc
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class _Pages(Structure):
-    """`Pages` in cpu.cpp."""
+class _Pool(Structure):
+    """`Pool` in cpu.cpp."""
 
-    _fields_: ClassVar = [("pool", c_void_p), ("index", c_void_p), ("count", c_int64)]
+    _fields_: ClassVar = [
+        ("pages", c_void_p),
+        ("index", c_void_p),
+        ("count", c_int64),
+        ("centers", c_void_p),
+    ]
 
 
 class _Job(Structure):
@@ -34,7 +39,7 @@ class _Job(Structure):
 
     _fields_: ClassVar = [
         ("rows", c_void_p),
-        *((name, _Pages) for name in ("b", "a", "down", "up", "biases")),
+        *((name, _Pool) for name in ("b", "a", "down", "up", "biases")),
         *((name, c_int64) for name in ("S", "N", "I", "O", "product_stride", "y_stride", "dtype")),
     ]
 
@@ -49,7 +54,7 @@ class Pools:
     def __init__(self, factors: BatchFactors, dtype: torch.dtype) -> None:
         self._kept: list[Tensor] = []
         self._of = {
-            name: _Pages(*self._lay(family, which, kind))
+            name: self._lay(family, which, kind)
             for name, family, which, kind in (
                 ("b", factors.hadamard, 0, torch.float32),
                 ("a", factors.hadamard, 1, torch.float32),
@@ -83,17 +88,22 @@ class Pools:
                 self._memory = torch.empty(count, dtype=self._dtype)
         return self._memory[:count].view(shape)
 
-    def _lay(self, pages: Pages, which: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    def _lay(self, pages: Pages, which: int, dtype: torch.dtype) -> _Pool:
         """Where one pool is, and the index, and how many pages are taken."""
-        pool, index = pages.pools[which].detach(), pages.index
-        if index is not None and pool.dtype != dtype:
-            pool, index = pool.index_select(0, index), None
-        pool = pool.to(dtype).contiguous()
-        self._kept.append(pool)
-        if index is None:
-            return pool.data_ptr(), 0, len(pool)
-        self._kept.append(index)
-        return pool.data_ptr(), index.data_ptr(), len(index)
+        pool, index, centers = pages.pools[which].detach(), pages.index, None
+        if pages.centers is not None:
+            centers = pages.centers[which]
+        elif index is not None and pool.dtype != dtype:
+            pool, index = pool.index_select(0, index).to(dtype), None
+        else:
+            pool = pool.to(dtype).contiguous()
+        self._kept += [tensor for tensor in (pool, index, centers) if tensor is not None]
+        return _Pool(
+            pages=pool.data_ptr(),
+            index=None if index is None else index.data_ptr(),
+            count=len(pool if index is None else index),
+            centers=None if centers is None else centers.data_ptr(),
+        )
 
 
 class Job:

@@ -23,22 +23,42 @@ class Pages:
     index:   `[P]`, int32: the pages that are taken, in order. None for all; the last Hadamard page
              is then one of ones.
     neutral: for each pool whether all that is taken is known to be ones.
+    centers: for each pool `[capacity, 1]`, where its pages lie in bf16 as what they are off these;
+             None where they lie as they are. See `centered`.
     """
 
     pools: tuple[Tensor, ...]
     index: Tensor | None = None
     neutral: tuple[bool, ...] = (False, False)
+    centers: tuple[Tensor, ...] | None = None
 
     def gather(self, ones: int = 0) -> tuple[Tensor, ...]:
         """Copies of the pages, and behind them so many of ones; without an index the pools."""
         if self.index is None:
             return self.pools
-        copies = []
-        for pool in self.pools:
-            copy = pool.new_ones(len(self.index) + ones, pool.shape[1])
-            torch.index_select(pool, 0, self.index, out=copy[: len(self.index)])
+        copies, taken = [], len(self.index)
+        for number, pool in enumerate(self.pools):
+            dtype = pool.dtype if self.centers is None else torch.float32
+            copy = pool.new_ones(taken + ones, pool.shape[1], dtype=dtype)
+            if self.centers is None:
+                torch.index_select(pool, 0, self.index, out=copy[:taken])
+            else:
+                off, center = pool[self.index], self.centers[number][self.index]
+                torch.add(center.float(), off, out=copy[:taken])
             copies.append(copy)
         return tuple(copies)
+
+
+def centered(pages_PX: Tensor) -> tuple[Tensor, Tensor]:
+    """Hadamard pages in half of fp32's memory: what they are off their centers, and these.
+
+    A page's numbers lie around one, mostly 1, where the steps of bf16 are wide. What they are off
+    their median is small, and so is what rounding that loses: at most 2^-8 of it. Ones stay ones.
+
+    Returns bf16, `[P, X]` and `[P, 1]`.
+    """
+    center_P1 = pages_PX.median(dim=1, keepdim=True).values.bfloat16()
+    return (pages_PX - center_P1.to(pages_PX.dtype)).bfloat16(), center_P1
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
