@@ -17,6 +17,7 @@ from flora.bench.turns import check_systems, measure_in_turns, speed_ratio
 from flora.ops import backend_name
 from flora.ops.adapted_linear import prepare
 from flora.ops.costs import layer_costs
+from flora.ops.factors import WeightProduct
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE, Costs, make_plan
 
 SYSTEMS = ("flora", "flora-activation", "flora-weight", "bmm", "peft")
@@ -176,7 +177,7 @@ def _systems(
     down = [normal(load.rank, load.in_features).to(dtype) for _ in hadamard]
     up = [(0.01 * normal(load.rank, load.out_features)).to(dtype) for _ in hadamard]
     additive = [LayerFactors(down=v, up=u) for v, u in zip(down, up, strict=True)]
-    base = partial(F.linear, weight=weight_OI)
+    base = WeightProduct(weight_OI)
     heaviest = {
         "flora-activation": load.product(load.rows * load.rank),
         "flora-weight": load.distinct * load.product(load.rank),

@@ -9,11 +9,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
@@ -27,7 +26,7 @@ from flora.hosts import opaque, whisper
 from flora.hosts.rows import BASE, Batch, Call, Generation, PreparedLayer, RowAdapter, make_batch
 from flora.ops import get_backend
 from flora.ops.adapted_linear import prepare
-from flora.ops.factors import BatchFactors
+from flora.ops.factors import BaseProduct, BatchFactors, WeightProduct
 from flora.store import fetch
 
 HOST = "_flora_host"
@@ -387,6 +386,7 @@ class AdaptedLayer:
         self.handle = opaque.register(self)
         # Whether it last ran on all tokens of a call, and no others.
         self.takes_all = False
+        self._known: WeightProduct | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         host = self.host  # a step of decoding comes here some hundred times, and feels each call
@@ -415,7 +415,7 @@ class AdaptedLayer:
         weight = self.base.weight
         linear = prepare(
             x_SNI,
-            self.base.product if weight is None else partial(F.linear, weight=weight),
+            self._product(weight),
             factors,
             units,
             bias=self.base.bias,
@@ -427,6 +427,14 @@ class AdaptedLayer:
             return linear
         inner, outer = x_SNI.shape, x.shape[:-1]
         return lambda x: linear(x.reshape(inner)).reshape(*outer, -1)
+
+    def _product(self, weight: Tensor | None) -> BaseProduct:
+        """The base's; of the weight that it has now, which `nn.Module`s may be given anew."""
+        if weight is None:
+            return self.base.product
+        if self._known is None or self._known.weight is not weight:
+            self._known = WeightProduct(weight)
+        return self._known
 
     def current_call(self) -> Call | None:
         return self.host.current_call()

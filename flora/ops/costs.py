@@ -9,17 +9,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flora.machine import cache_folder, processor
 from flora.ops import Operands, backend_name, get_backend
-from flora.ops.factors import BatchFactors, Pages
+from flora.ops.factors import BatchFactors, Pages, WeightProduct
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE, Costs, make_plan
 
 logger = logging.getLogger(__name__)
@@ -172,7 +171,7 @@ def _one_row(
         plan = make_plan(
             (0,), (pairs,), (0,), (False,), tokens=tokens, has_weight=True, grad=grad, costs=side
         )
-        base = partial(F.linear, weight=weight_OI)
+        base = WeightProduct(weight_OI)
         operands = Operands(base, factors, plan, weight_OI, None, pure=True)
         linear = get_backend(backend, weight_OI.device).prepare(x_SNI, operands)
     dy_SNO = weight_OI.new_ones(1, tokens, O)

@@ -8,13 +8,16 @@
 #include <Python.h>
 
 #include <ATen/cpu/vec/functional.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <array>
 #include <deque>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -512,27 +515,67 @@ void modulate(const Job& job, int64_t first_page, int64_t pages, const void* wei
 
 using torch::stable::Tensor;
 
+const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
+const int32_t kCodes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                          aoti_torch_dtype_float16()};
 constexpr torch::headeronly::ScalarType kTypes[] = {torch::headeronly::ScalarType::Float,
                                                     torch::headeronly::ScalarType::BFloat16,
                                                     torch::headeronly::ScalarType::Half};
 
+// New memory, contiguous.
+Tensor empty(std::vector<int64_t> sizes, int64_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(), kCodes[dtype], aoti_torch_device_type_cpu(), 0,
+      &made));
+  return Tensor(made);
+}
+
 // Memory as a matrix, `stride` numbers from row to row.
 Tensor matrix(const void* data, int64_t rows, int64_t columns, int64_t stride, int64_t dtype) {
   const int64_t sizes[] = {rows, columns}, strides[] = {stride, 1};
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(const_cast<void*>(data), {sizes, 2}, {strides, 2}, cpu,
+  return torch::stable::from_blob(const_cast<void*>(data), {sizes, 2}, {strides, 2}, kCpu,
                                   kTypes[dtype]);
 }
 
-// x Wᵀ by torch's own product, which within a parallel region takes one thread.
-void multiply(const Tensor& x, const Tensor& weight, const Tensor& to) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
-                                    torch::stable::detail::from(torch::stable::transpose(weight, 0, 1)),
-                                    torch::stable::detail::from(to)};
+// x [C, in] by W0 [out, in] -> to [C, out], by torch's own product: it takes one thread within a
+// parallel region. Not through the dispatcher, whose calls by name take microseconds.
+void multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+              const Tensor& to) {
+  const int64_t sizes[] = {weight.size(1), weight.size(0)};
+  const int64_t strides[] = {weight.stride(1), weight.stride(0)};
+  const Tensor turned = torch::stable::from_blob(weight.data_ptr(), {sizes, 2}, {strides, 2}, kCpu,
+                                                 weight.scalar_type());
   STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+      bias ? aoti_torch_cpu_addmm_out(to.get(), bias->get(), x.get(), turned.get(), 1, 1)
+           : aoti_torch_cpu_mm_out(to.get(), x.get(), turned.get()));
 }
+
+// A product with some W0: x [C, in] -> to [C, out].
+struct Product {
+  std::string name;  // of another library's operator that computes it; empty: torch's own does
+  bool packed;       // whether that is (to, x, W0, bias, true), and not (to, x, bias, W0)
+  Tensor weight;     // in whatever form it is taken
+
+  void operator()(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& to) const {
+    using torch::stable::detail::from;
+    if (name.empty()) {
+      multiply(x, weight, bias, to);
+    } else if (packed) {
+      std::array<StableIValue, 5> stack{from(to), from(x), from(weight), from(bias), from(true)};
+      call(stack.data());
+    } else {
+      std::array<StableIValue, 4> stack{from(to), from(x), from(bias), from(weight)};
+      call(stack.data());
+    }
+  }
+
+  void call(StableIValue* stack) const {
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name.c_str(), "", stack, TORCH_ABI_VERSION));
+  }
+};
 
 // copies [C, I] through a modulated W0 -> to [C, O], `stride` numbers from row to row. A thread
 // multiplies by some rows of W0 as soon as it has modulated them: they are in its own cache, and no
@@ -556,7 +599,7 @@ void multiply_modulated(const Job& job, int64_t first_page, int64_t pages, const
       for (int64_t o = begin * rows; o < std::min(end * rows, O); o += rows) {
         const int64_t own = std::min(rows, O - o);
         modulate_block(static_cast<const T*>(weight), pairs, o, own, modulated.data(), I);
-        multiply(x, matrix(modulated.data(), own, I, I, job.dtype),
+        multiply(x, matrix(modulated.data(), own, I, I, job.dtype), std::nullopt,
                  matrix(static_cast<T*>(to) + o, count, own, stride, job.dtype));
       }
     });
@@ -615,28 +658,6 @@ void scale_gradients(const Job& job, int64_t of_out, const void* dy, const void*
   });
 }
 
-// A product with some W0 as another library's operator computes it: x [C, in] -> to [C, out].
-struct Product {
-  std::string name;
-  bool packed;    // whether it is (to, x, W0, bias, true), and not (to, x, bias, W0)
-  Tensor weight;  // in whatever form the operator takes it
-
-  void operator()(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& to) const {
-    using torch::stable::detail::from;
-    if (packed) {
-      std::array<StableIValue, 5> stack{from(to), from(x), from(weight), from(bias), from(true)};
-      call(stack.data());
-    } else {
-      std::array<StableIValue, 4> stack{from(to), from(x), from(bias), from(weight)};
-      call(stack.data());
-    }
-  }
-
-  void call(StableIValue* stack) const {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name.c_str(), "", stack, TORCH_ABI_VERSION));
-  }
-};
-
 // What a layer adds to its product, or one of some merged layers to its columns.
 struct Part {
   const Job* job;
@@ -650,11 +671,11 @@ struct Part {
 // A layer in one batch, as `program.py` writes it.
 struct Program {
   const Job* job;    // the first part's, which says of all what rows there are
+  const Product* product;  // of the layer as a whole; null: each part has its own
   int64_t out;
-  int64_t copies;    // of which the merged product is
+  int64_t copies;    // of which the product is
   int64_t expands;   // whether the job makes these; else they are x
-  int64_t whole;     // whether there is a merged product
-  int64_t in_place;  // whether that is y
+  int64_t in_place;  // whether the product is y
   int64_t untouched;  // whether no adapter of the batch touches the layer
   int64_t count;
   const Part* parts;
@@ -670,17 +691,12 @@ struct Layer {
   const char* python;  // the operator that makes a program, or does without one
 };
 
-Tensor matrix(int64_t rows, int64_t columns, int64_t dtype) {
-  const int64_t sizes[] = {rows, columns};
-  return torch::stable::empty({sizes, 2}, kTypes[dtype]);
-}
-
 // Memory for one use until the next: what is new takes longer to get than to fill.
 template <int Use>
 Tensor scratch(int64_t rows, int64_t columns, int64_t dtype) {
   thread_local std::vector<char> kept;
   const int64_t bytes = rows * columns * (dtype ? 2 : 4);
-  if (bytes > kScratch) return matrix(rows, columns, dtype);
+  if (bytes > kScratch) return empty({rows, columns}, dtype);
   if (static_cast<int64_t>(kept.size()) < bytes) kept.resize(bytes);
   return matrix(kept.data(), rows, columns, columns, dtype);
 }
@@ -689,34 +705,40 @@ inline char* at(const Tensor& tensor, int64_t bytes) {
   return static_cast<char*>(tensor.data_ptr()) + bytes;
 }
 
-// y of a layer whose product is `merged`.
-Tensor run(const Program& program, const Product& merged, const Tensor& x) {
-  const int64_t dtype = program.job->dtype;
-  const auto expanded = [&](bool expands, const Job* job, int64_t copies) {
-    if (!expands) return x;
-    const Tensor to = scratch<0>(copies, job->I, job->dtype);
-    expand(*job, x.data_ptr(), to.data_ptr());
+// y of contiguous x, its tokens in whatever shape.
+Tensor run(const Program& program, const Tensor& x) {
+  const int64_t tokens = program.rows(), dtype = program.job->dtype;
+  const auto shape = x.sizes();
+  std::vector<int64_t> sizes(shape.begin(), shape.end());
+  sizes.back() = program.out;
+  const Tensor y = empty(sizes, dtype);
+  const auto expanded = [&](bool expands, const Job& job, int64_t copies) {
+    if (!expands) return matrix(x.data_ptr(), tokens, job.I, job.I, dtype);
+    const Tensor to = scratch<0>(copies, job.I, dtype);
+    expand(job, x.data_ptr(), to.data_ptr());
     return to;
   };
-  const auto made = [&] { return matrix(program.rows(), program.out, dtype); };
-  if (!program.whole) {
-    const Tensor y = made();
-    for (const Part *part = program.parts, *end = part + program.count; part != end; ++part) {
-      const Tensor copies = expanded(part->expands, part->job, part->copies);
-      const Tensor product = scratch<1>(part->copies, part->job->O, dtype);
-      (*part->product)(copies, std::nullopt, product);
-      contract(*part->job, at(product, 0), at(x, 0), part->bias, at(y, part->first));
-    }
-    return y;
+  std::optional<Tensor> whole;
+  if (program.product) {
+    whole = program.in_place ? matrix(y.data_ptr(), tokens, program.out, program.out, dtype)
+                             : scratch<1>(program.copies, program.out, dtype);
+    (*program.product)(expanded(program.expands, *program.job, program.copies), std::nullopt, *whole);
   }
-  const Tensor copies = expanded(program.expands, program.job, program.copies);
-  const Tensor product = program.in_place
-                             ? made() : scratch<1>(program.copies, program.out, dtype);
-  merged(copies, std::nullopt, product);
-  const Tensor y = program.in_place ? product : made();
-  for (const Part *part = program.parts, *end = part + program.count; part != end; ++part)
-    contract(*part->job, at(product, part->first), at(x, 0), part->bias, at(y, part->first));
+  for (const Part *part = program.parts, *end = part + program.count; part != end; ++part) {
+    const Job& job = *part->job;
+    const Tensor product = whole ? *whole : scratch<1>(part->copies, job.O, dtype);
+    if (!whole) (*part->product)(expanded(part->expands, job, part->copies), std::nullopt, product);
+    contract(job, at(product, whole ? part->first : 0), x.data_ptr(), part->bias, at(y, part->first));
+  }
   return y;
+}
+
+Tensor run_program(int64_t at, const Tensor& x) {
+  const Program& program = *reinterpret_cast<const Program*>(at);
+  const Job& job = *program.job;
+  if (x.numel() != program.rows() * job.I || x.scalar_type() != kTypes[job.dtype])
+    throw std::invalid_argument("a prepared layer was given x of another shape or type");
+  return run(program, x.is_contiguous() ? x : torch::stable::contiguous(x));
 }
 
 // A layer in compiled code. Python is asked where its program is not made yet, or there can be none.
@@ -733,7 +755,7 @@ Tensor linear(const Tensor& given, const std::optional<Tensor>& bias, const Tens
       (*own.product)(x, bias, y);
       return y;
     }
-    if (program && program->rows() == x.size(0)) return run(*program, *own.product, x);
+    if (program && program->rows() == x.size(0)) return run(*program, x);
   }
   using torch::stable::detail::from;
   std::array<StableIValue, 4> stack{from(given), from(bias), from(name), from(out)};
@@ -811,12 +833,14 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "cpu", nullptr, 0, methods};
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flora, library) {
   library.def("cpu_linear(Tensor x, Tensor? bias, Tensor layer, str name, int out_features) -> Tensor");
+  library.def("run_program(int program, Tensor x) -> Tensor");
   library.def("make_product(str name, bool packed, Tensor weight) -> int");
   library.def("drop_product(int product) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flora, CompositeExplicitAutograd, library) {
   library.impl("cpu_linear", TORCH_BOX(&linear));
+  library.impl("run_program", TORCH_BOX(&run_program));
   library.impl("make_product", TORCH_BOX(&make_product));
   library.impl("drop_product", TORCH_BOX(&drop_product));
 }

@@ -5,7 +5,7 @@ For fp32 and 16 bits; in fp64, and where W0 has another type than x, the operato
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, cycle
 from math import prod
 
 import torch
@@ -14,12 +14,10 @@ from torch import Tensor
 from flora.ops import Linear, Operands, cpu_autograd, eager
 from flora.ops.cpu_kernels import DTYPES, Job, contract, expand, multiply_modulated, scratch
 from flora.ops.factors import BaseProduct
-
-KEPT_COPIES = 1 << 16
-"""Up to so many numbers, as a step of decoding has, a layer keeps the memory of its copies."""
+from flora.ops.program import Part, Product, Program, known_product
 
 SHARED_COPIES = 1 << 24
-"""Up to so many, layers share it."""
+"""Up to so many numbers layers share the memory of their copies."""
 
 
 def prepare(x_SNI: Tensor, operands: Operands) -> Linear:
@@ -33,7 +31,8 @@ def prepare(x_SNI: Tensor, operands: Operands) -> Linear:
     job = Job(x_SNI, operands)
     if operands.plan.grad:
         return partial(cpu_autograd.linear, operands=operands, job=job)
-    return PreparedLinear(job, operands)
+    linear = PreparedLinear(job, operands)
+    return linear.program() or linear
 
 
 def merge(
@@ -50,11 +49,14 @@ def merge(
         own.pure and not own.plan.grad and (own.weight is None or own.weight.dtype == dtype)
         for own in layers
     )
-    return MergedLinear(x_SNI, base, layers, sizes, same_input=same_input) if suits else None
+    if not suits:
+        return None
+    linear = MergedLinear(x_SNI, base, layers, sizes, same_input=same_input)
+    return linear.program() or linear
 
 
 class PreparedLinear:
-    """A layer in one batch without gradients, and the memory that it keeps for its steps."""
+    """A layer in one batch without gradients."""
 
     def __init__(self, job: Job, operands: Operands) -> None:
         self.job, self.base, weight_OI = job, operands.base, operands.weight
@@ -70,17 +72,12 @@ class PreparedLinear:
         T = len(table.copies)
         self.copies_shape, self.product_shape, self.y_shape = (T, N, I), (T, N, O), (S, N, O)
         self.pure = operands.pure
-        self.keeps = self.pure and T * N * I <= KEPT_COPIES
-        self.kept: tuple[Tensor, int] | None = None
         self.weight = weight_OI.contiguous() if weight_OI is not None and self.segments else None
         # What a black box returns may be its own.
         self.in_place = table.in_order and (self.pure or bool(self.segments))
 
     def __call__(self, x_SNI: Tensor) -> Tensor:
-        """y, `[S, N, out]`.
-
-        A step of decoding comes here some hundred times, and feels each call that is made here.
-        """
+        """y, `[S, N, out]`."""
         x_SNI = x_SNI.contiguous()
         x_at = x_SNI.data_ptr()
         y_SNO = product_TNO = self.multiply(self.expand(x_SNI, x_at))
@@ -93,18 +90,42 @@ class PreparedLinear:
         contract(self.job_at, product_at, x_at, self.bias_at, y_at)
         return y_SNO
 
+    def program(self) -> Program | None:
+        """The same without Python; None where W0 is modulated, or only Python knows its product."""
+        product = known_product(self.base)
+        if product is None or self.segments:
+            return None
+        # What a known product fills is the program's own.
+        return self.begin_program(
+            [self.part()] if self.contracts else [],
+            self,
+            product=product.at,
+            out_features=self.y_shape[2],
+            in_place=self.job.table.in_order,
+        )
+
+    def begin_program(self, parts: Sequence[Part], kept: object, **own: int | None) -> Program:
+        """A program whose first, or only, layer this is."""
+        copies = prod(self.copies_shape[:2])
+        return Program(parts, kept, job=self.job_at, copies=copies, expands=self.expands, **own)
+
+    def part(self, first: int = 0, product: Product | None = None) -> Part:
+        """What it adds in a program, from the byte `first` of y's rows on."""
+        return Part(
+            job=self.job_at,
+            product=product and product.at,
+            bias=self.bias_at,
+            copies=prod(self.copies_shape[:2]),
+            expands=self.expands,
+            first=first,
+        )
+
     def expand(self, x_SNI: Tensor, x_at: int) -> Tensor:
         """The copies, `[T, N, in]`; x lies at that address."""
         if not self.expands:
             return x_SNI
-        if self.kept is not None:
-            copies_TNI, copies_at = self.kept
-        else:
-            copies_TNI = self._new_copies()
-            copies_at = copies_TNI.data_ptr()
-            if self.keeps:
-                self.kept = copies_TNI, copies_at
-        expand(self.job_at, x_at, copies_at)
+        copies_TNI = self._new_copies()
+        expand(self.job_at, x_at, copies_TNI.data_ptr())
         return copies_TNI
 
     def multiply(self, copies_TNI: Tensor, to_TNO: Tensor | None = None) -> Tensor:
@@ -118,8 +139,6 @@ class PreparedLinear:
         return product_TNO if self.pure else self.job.check(product_TNO)
 
     def _new_copies(self) -> Tensor:
-        if self.keeps:
-            return self.job.pools.copies(self.copies_shape)
         # A black box may keep what it is given.
         if not self.pure or prod(self.copies_shape) > SHARED_COPIES:
             return torch.empty(self.copies_shape, dtype=self.job.dtype)
@@ -213,3 +232,21 @@ class MergedLinear:
         for _, job_at, bias_at, first in self.parts:
             contract(job_at, product_at + first, x_at, bias_at, y_at + first)
         return y_SNO
+
+    def program(self) -> Program | None:
+        """The same without Python; None where a W0 is modulated, or only Python knows a product."""
+        bases = [self.base] if self.whole else [layer.base for layer, *_ in self.parts]
+        products = [own for base in bases if (own := known_product(base)) is not None]
+        if len(products) < len(bases) or any(layer.segments for layer in self.layers):
+            return None
+        parts = [
+            layer.part(first, None if self.whole else product)
+            for (layer, _, _, first), product in zip(self.parts, cycle(products))
+        ]
+        return self.layers[0].begin_program(
+            parts,
+            self,
+            product=products[0].at if self.whole else None,
+            out_features=self.y_shape[2],
+            in_place=self.in_place,
+        )

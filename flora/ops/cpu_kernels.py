@@ -64,7 +64,7 @@ class Pools:
             )
             if family is not None
         }
-        self._dtype, self._memory = dtype, torch.empty(0, dtype=dtype)
+        self._dtype = dtype
         self._jobs: dict[tuple[int, ...], _Job] = {}
         in_neutral, out_neutral = factors.hadamard.neutral if factors.hadamard else (True, True)
         self.neutral = in_neutral, out_neutral
@@ -79,14 +79,6 @@ class Pools:
         job = _Job.from_buffer_copy(self._jobs[sizes])
         job.rows, job.S, job.N = rows.data_ptr(), S, N
         return job
-
-    def copies(self, shape: Sequence[int]) -> Tensor:
-        """Memory for a step's copies, which the next step will use again."""
-        count = prod(shape)
-        if self._memory.numel() < count:
-            with torch.inference_mode(False):
-                self._memory = torch.empty(count, dtype=self._dtype)
-        return self._memory[:count].view(shape)
 
     def _lay(self, pages: Pages, which: int, dtype: torch.dtype) -> _Pool:
         """Where one pool is, and the index, and how many pages are taken."""

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 P = ParamSpec("P")
@@ -13,6 +14,20 @@ T = TypeVar("T")
 
 BaseProduct = Callable[[Tensor], Tensor]
 """The base layer as a black box: `[..., in]` to `[..., out]`, without its bias."""
+
+
+class WeightProduct:
+    """The product with a W0 that can be read, `[out, in]`.
+
+    known: what a backend made of it.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.known: object = None
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return F.linear(x, self.weight)
 
 
 @dataclass(frozen=True, eq=False)

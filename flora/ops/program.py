@@ -1,25 +1,27 @@
-"""Layers in one batch as programs, which compiled code runs without Python.
+"""Layers in one batch as programs, which run without Python.
 
-`cpu.py` does the same in Python, which alone takes tens of microseconds a layer: as long as a layer
-of a small model itself.
+Python takes tens of microseconds around each product, as the last one has swept it from the caches:
+in decoding as long as a layer of a small model itself.
 """
 
+from collections.abc import Sequence
 from ctypes import Structure, addressof, c_char_p, c_int64, c_void_p
 from functools import partial
-from itertools import cycle
-from math import prod
-from typing import ClassVar
+from typing import ClassVar, cast
 from weakref import finalize
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flora.ops import Linear
-from flora.ops.cpu import MergedLinear, PreparedLinear
-from flora.ops.factors import BaseProduct
+from flora.ops.build import load_kernels
+from flora.ops.factors import BaseProduct, WeightProduct
+
+load_kernels()
 
 
-class _Part(Structure):
+class Part(Structure):
     """`Part` in cpu.cpp."""
 
     _fields_: ClassVar = [
@@ -32,8 +34,8 @@ class _Program(Structure):
     """`Program` in cpu.cpp."""
 
     _fields_: ClassVar = [
-        ("job", c_void_p),
-        *((name, c_int64) for name in ("out_features", "copies", "expands", "whole", "in_place")),
+        *((name, c_void_p) for name in ("job", "product")),
+        *((name, c_int64) for name in ("out_features", "copies", "expands", "in_place")),
         *((name, c_int64) for name in ("untouched", "count")),
         ("parts", c_void_p),
     ]
@@ -53,12 +55,14 @@ class _Layer(Structure):
 class Product:
     """A layer's product that programs can take; as a function it is `product`.
 
+    weight: W0, `[out, in]`, or what the operator takes.
     name:   of the operator that computes it, which writes to its first argument: (to, x, bias,
-            weight), or where W0 is `packed` (to, x, weight, bias, True).
-    weight: W0 as that takes it.
+            weight), or where W0 is `packed` (to, x, weight, bias, True). Without one torch does.
     """
 
-    def __init__(self, product: BaseProduct, name: str, weight: Tensor, *, packed: bool) -> None:
+    def __init__(
+        self, product: BaseProduct, weight: Tensor, name: str = "", *, packed: bool = False
+    ) -> None:
         self.product = product
         self.at: int = torch.ops.flora.make_product(name, packed, weight)
         # At the end of the process torch may be gone before.
@@ -68,58 +72,34 @@ class Product:
         return self.product(x)
 
 
+def known_product(base: BaseProduct) -> Product | None:
+    """A product as programs take it; None for one that only Python can take."""
+    if isinstance(base, WeightProduct):
+        if base.known is None:
+            base.known = Product(partial(F.linear, weight=base.weight), base.weight)
+        return cast("Product", base.known)
+    return base if isinstance(base, Product) else None
+
+
 class Program:
-    """A layer in one batch; it keeps all that kernels read."""
+    """A layer in one batch without gradients: `[..., in]` to `[..., out]`, of as many tokens.
 
-    def __init__(self, own: _Program, *kept: object) -> None:
-        self._own, self._kept = own, kept
-        self.at = addressof(own)
-
-
-_UNTOUCHED = Program(_Program(untouched=True))
-
-
-def make_program(linear: Linear) -> Program | None:
-    """That of a prepared layer, for its tokens as `[tokens, in]` with a `Product`.
-
-    None where only Python can run it: another backend's, one that modulates W0, or another product.
+    kept: all that it reads by address.
     """
-    if isinstance(linear, PreparedLinear):
-        layers, whole = [linear], True
-        parts = [(linear, linear.job_at, linear.bias_at, 0)] if linear.contracts else []
-    elif isinstance(linear, MergedLinear):
-        layers, parts, whole = linear.layers, linear.parts, linear.whole
-    else:
-        return None
-    bases = [linear.base] if whole else [layer.base for layer, *_ in parts]
-    products = [base.at for base in bases if isinstance(base, Product)]
-    if any(layer.segments for layer in layers) or len(products) < len(bases):
-        return None
-    first = layers[0]
-    laid = (_Part * len(parts))(
-        *(
-            _Part(
-                job=job_at,
-                product=product,
-                bias=bias_at,
-                copies=prod(layer.copies_shape[:2]),
-                expands=layer.expands,
-                first=place,
-            )
-            for (layer, job_at, bias_at, place), product in zip(parts, cycle(products))
-        )
-    )
-    own = _Program(
-        job=first.job_at,
-        out_features=linear.y_shape[2],
-        copies=prod(first.copies_shape[:2]),
-        expands=first.expands,
-        whole=whole,
-        in_place=linear.in_place,
-        count=len(parts),
-        parts=addressof(laid),
-    )
-    return Program(own, laid, linear)
+
+    def __init__(self, parts: Sequence[Part], kept: object, **own: int | None) -> None:
+        laid = (Part * len(parts))(*parts)
+        self._own = _Program(count=len(parts), parts=addressof(laid), **own)
+        self._kept = laid, kept
+        self.at = addressof(self._own)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = _run_program(self.at, x)
+        return y
+
+
+_run_program = torch.ops.flora.run_program.default
+_UNTOUCHED = Program([], None, untouched=True)
 
 
 class Programs:
@@ -132,7 +112,8 @@ class Programs:
 
     def put(self, number: int, linear: Linear | None) -> bool:
         """That of a prepared layer, if it has one; None is a layer that no adapter touches."""
-        program = _UNTOUCHED if linear is None else make_program(linear)
+        known = _UNTOUCHED if linear is None else linear
+        program = known if isinstance(known, Program) else None
         self._kept[number], self._laid[number] = program, program.at if program else None
         return program is not None
 

@@ -12,9 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flora.ops import adapted_linear as front_door
+from flora.ops.factors import WeightProduct
 from flora.ops.merged import Merged, Slice
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE
-from flora.ops.program import CompiledLayer, Product, Programs, Running
+from flora.ops.program import (
+    CompiledLayer,
+    Product,
+    Program,
+    Programs,
+    Running,
+    known_product,
+)
 from tests.ops.test_adapted_linear import (
     Layer,
     assert_right,
@@ -54,7 +62,7 @@ def _python(x: Tensor, bias: Tensor | None, name: str, out_features: int) -> Ten
 
 def product_of(weight: Tensor, *, packed: bool = False) -> Product:
     name = "flora_test::packed" if packed else "flora_test::product"
-    return Product(partial(F.linear, weight=weight), name, weight, packed=packed)
+    return Product(partial(F.linear, weight=weight), weight, name, packed=packed)
 
 
 class Compiled:
@@ -114,26 +122,51 @@ def test_merged_layers_are_what_each_is_alone(dtype, groups, rows, tokens, bias,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pure", [True, False])
 @given(
     group=st.sampled_from([own for groups in GROUPS for own in groups if own]),
     rows=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+    tokens=st.sampled_from([1, 5]),
     bias=st.booleans(),
+    product=st.sampled_from([WeightProduct, product_of]),
 )
-def test_a_layer_alone(dtype, group, rows, bias):
-    layer = make_layer([None, group], rows, tokens=1, dtype=dtype, bias=bias)
+def test_a_layer_alone(dtype, pure, group, rows, tokens, bias, product):
+    layer = make_layer([None, group], rows, tokens=tokens, dtype=dtype, bias=bias)
+    factors, x = batch_factors(layer), layer.x
     with torch.no_grad():
-        own = front_door.Adapted(
-            product := product_of(layer.weight),
-            batch_factors(layer),
-            bias=layer.bias,
-            pure=True,
-            backend="cpu",
+        base = product(layer.weight)
+        linear = front_door.prepare(
+            x, base, factors, rows, bias=layer.bias, pure=pure, backend="cpu"
         )
-        compiled = Compiled(product, len(layer.weight))
-        assert compiled.prepare(own.prepare(layer.x, rows))
-        wide = layer.x[:, 0].repeat(1, 2)  # what it takes need not stand alone
-        found = compiled(wide[:, : layer.x.shape[2]])
-    assert_right(found[:, None], layer)
+        assert isinstance(linear, Program)
+        wide = x.repeat(1, 1, 2)  # what it takes need not stand alone
+        found = linear(wide[..., : x.shape[2]])
+        compiled = Compiled(known_product(base), len(layer.weight))
+        assert compiled.prepare(linear)
+        assert torch.equal(compiled(x.flatten(0, 1)).view_as(found), found)
+    assert_right(found, layer)
+
+
+def test_x_of_another_kind_is_refused(layer):
+    factors, base = batch_factors(layer), WeightProduct(layer.weight)
+    with torch.no_grad():
+        linear = front_door.prepare(layer.x, base, factors, layer.rows, backend="cpu")
+        for x in (layer.x[:1], layer.x.double(), layer.x.bfloat16(), layer.x[..., :-1]):
+            with pytest.raises(ValueError, match="another shape or type"):
+                linear(x)
+
+
+def test_a_weight_that_changes_in_place_is_read_as_it_is(layer):
+    weight = torch.nn.Parameter(layer.weight.clone())
+    factors, base = batch_factors(layer), WeightProduct(weight)
+    with torch.no_grad():
+        linear = front_door.prepare(layer.x, base, factors, layer.rows, backend="cpu")
+        weight.data = 2 * weight.data
+        twice = linear(layer.x)
+        fresh = front_door.prepare(
+            layer.x, WeightProduct(2 * layer.weight), factors, layer.rows, backend="cpu"
+        )
+        assert torch.equal(twice, fresh(layer.x))
 
 
 @pytest.fixture
@@ -147,8 +180,10 @@ def compiled(layer) -> Compiled:
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_without_adapters_it_is_the_base(layer, compiled, with_bias):
+@pytest.mark.parametrize("make", [product_of, WeightProduct])
+def test_without_adapters_it_is_the_base(layer, make, with_bias):
     x, bias = layer.x[:, 0], layer.bias if with_bias else None
+    compiled = Compiled(known_product(make(layer.weight)), len(layer.weight))
     compiled.running.set(None)
     assert torch.equal(compiled(x, bias), F.linear(x, layer.weight, bias))
     compiled.running.set(compiled.programs)
@@ -193,7 +228,7 @@ def test_compiled_code_asks_as_it_runs(layer, compiled):
 def test_a_product_is_given_back():
     weight = torch.ones(3, 2)
     before = weight._use_count()
-    product = Product(partial(F.linear, weight=weight), "flora_test::product", weight, packed=False)
+    product = product_of(weight)
     assert weight._use_count() > before
     del product
     gc.collect()

@@ -67,7 +67,7 @@ def product_of(product: BaseProduct, in_features: int, dtype: torch.dtype) -> Ba
             return product
     if (to.data_ptr(), given.data_ptr()) != (y.data_ptr(), x.data_ptr()):
         return product
-    return Product(product, func.name(), weight, packed=packed)
+    return Product(product, weight, func.name(), packed=packed)
 
 
 def compiled_layer(layer: Any, name: str, number: int, python: str) -> "CompiledLayer | None":
