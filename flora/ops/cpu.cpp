@@ -128,12 +128,12 @@ inline void fetch(const T* from) {
 struct Scale {
   const float* exact;
   const at::BFloat16* offsets;
-  Lanes center;
+  float center;
 
   Step at(int64_t i, int64_t count) const {
     if (exact) return load(exact + i, count);
     const Step off = load(offsets + i, count);
-    return {center + off.low, center + off.high};
+    return {Lanes(center) + off.low, Lanes(center) + off.high};
   }
 
   void fetch_at(int64_t i) const { exact ? fetch(exact + i) : fetch(offsets + i); }
@@ -148,8 +148,8 @@ struct Scales {
       : exact(pool, width), offsets(pool, width), centers(pool.centers) {}
 
   Scale operator[](int64_t page) const {
-    if (!centers) return {exact[page], nullptr, Lanes(0)};
-    return {nullptr, offsets[page], Lanes(float(centers[offsets.place(page)]))};
+    if (!centers) return {exact[page], nullptr, 0};
+    return {nullptr, offsets[page], float(centers[offsets.place(page)])};
   }
 };
 
@@ -235,6 +235,10 @@ struct Contraction {
   template <int64_t Tokens>
   void run(const Row row, int64_t s, int64_t first) const {
     thread_local std::vector<float> hidden, sums;
+    thread_local std::vector<Scale> scales;
+    scales.clear();
+    if (row.first_page >= 0)
+      for (int64_t copy = 0; copy < 2 * row.copies; ++copy) scales.push_back(a[row.first_page + copy]);
     hidden.resize(Tokens * row.rank);
     const T* in = x + (s * N + first) * I;
     constexpr int64_t K = Tokens == 1 ? 4 : 2;
@@ -247,7 +251,8 @@ struct Contraction {
     // Some ranks at a time, as their pages then come from memory one behind the other.
     if (row.rank > kRanks) sums.resize(Tokens * O);
     const Span<Tokens> own{row, product + (row.first_copy * N + first) * product_stride,
-                           hidden.data(), sums.data(), y + (s * N + first) * y_stride};
+                           scales.empty() ? nullptr : scales.data(), hidden.data(), sums.data(),
+                           y + (s * N + first) * y_stride};
     if (row.rank <= kRanks) return add<true, true>(own, 0, row.rank);
     add<true, false>(own, 0, kRanks);
     int64_t r = kRanks;
@@ -258,7 +263,8 @@ struct Contraction {
   template <int64_t>
   struct Span {
     Row row;
-    const T* product;  // of its first copy
+    const T* product;     // of its first copy
+    const Scale* scales;  // of its copies, and as many that come next; null: unscaled
     const float* hidden;
     float* sums;
     T* y;
@@ -301,9 +307,9 @@ struct Contraction {
     for (auto& each : sum) each = start;
     for (int64_t copy = 0; copy < row.copies; ++copy) {
       Step scale{Lanes(1), Lanes(1)};
-      if (const int64_t page = row.first_page + copy; row.first_page >= 0) {
-        a[page + row.copies].fetch_at(o);
-        scale = a[page].at(o, n);
+      if (own.scales) {
+        own.scales[row.copies + copy].fetch_at(o);
+        scale = own.scales[copy].at(o, n);
       }
       const T* from = own.product + copy * N * product_stride + o;
       for (int64_t t = 0; t < Tokens; ++t)
