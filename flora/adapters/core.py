@@ -99,6 +99,10 @@ class LayerFactors:
     def nbytes(self) -> int:
         return sum(t.nbytes for _, t in self.parts())
 
+    @property
+    def numel(self) -> int:
+        return sum(t.numel() for _, t in self.parts())
+
     def _sizes(self) -> tuple[set[int], set[int]]:
         outs = {t.shape[-1] for t in (self.hadamard_out, self.up, self.bias) if t is not None}
         ins = {t.shape[1] for t in (self.hadamard_in, self.down) if t is not None}

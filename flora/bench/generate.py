@@ -70,7 +70,7 @@ def measure(
                 adapters |= made
                 numbered = [f"{number}-{i}" for i in range(load.distinct)]
                 rows = _rows([name if name in made else None for name in numbered], load)
-                sizes = {name: sizes_of(adapter.layers) for name, adapter in made.items()}
+                sizes = {name: sizes_of(adapter.layers, base) for name, adapter in made.items()}
                 further = Further.of(sizes, rows, load, base)
                 runs[run := f"flora {number}"] = _generates(model, load, rows)
                 limits[run] = further

@@ -39,15 +39,18 @@ class Load:
 
 
 class Size(NamedTuple):
-    """Of an adapter's factors in one layer: how many pairs, and bytes of all."""
+    """Of an adapter's factors in one layer: how many pairs, and bytes of all in its type."""
 
     pairs: int
     nbytes: int
 
 
-def sizes_of(layers: Mapping[str, LayerFactors]) -> dict[str, Size]:
+def sizes_of(layers: Mapping[str, LayerFactors], base: ModelBase) -> dict[str, Size]:
     """Of an adapter's layers, by name."""
-    return {name: Size(own.pairs, own.nbytes) for name, own in layers.items()}
+    return {
+        name: Size(own.pairs, own.numel * base.specs[name].dtype.itemsize)
+        for name, own in layers.items()
+    }
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

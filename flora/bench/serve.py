@@ -115,7 +115,7 @@ def measure(
 
         @cache
         def sizes(spec: Spec) -> dict[str, Size]:
-            return sizes_of(spec.adapter(written.base, 0).layers)
+            return sizes_of(spec.adapter(written.base, 0).layers, written.base)
 
         (base_run, *_), threads = start(engines[0])
         beside: dict[str, Beside] = {}

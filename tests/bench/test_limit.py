@@ -31,18 +31,20 @@ def test_the_peak_counts_from_where_it_was_reset():
     assert size * 0.9 < limit.memory_peak(device) - before < size * 1.5
 
 
-def test_a_long_prompt_is_held_against_the_modulated_weights():
-    base = ModelBase(zoo.build("Llama"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_prompt_is_held_against_the_modulated_weights(dtype):
+    base = ModelBase(zoo.build("Llama").to(dtype))
     made = [parse_specs("FLORA:4", 1)[0].adapter(base, seed) for seed in range(2)]
-    sizes = {str(number): sizes_of(adapter.layers) for number, adapter in enumerate(made)}
+    sizes = {str(number): sizes_of(adapter.layers, base) for number, adapter in enumerate(made)}
     rows = ["0", "1", "0"]
-    factors = sum(t.nbytes for a in made for f in a.layers.values() for _, t in f.parts())
+    numbers = sum(t.numel() for a in made for f in a.layers.values() for _, t in f.parts())
+    factors = numbers * dtype.itemsize
     steps = Load(rows=3, distinct=2, prompt_tokens=4, new_tokens=3)
     more = {48: 1, 12: 2 - 1, 3: -2}  # a step's copies are as many as the prompt's tokens
     found = Further.of(sizes, rows, steps, base)
     assert (found.products, found.nbytes) == (more, 3 * factors)
     prompts = Load(rows=3, distinct=2, prompt_tokens=512, new_tokens=1)
-    weights = sum(4 * o * i for m, (o, i) in base.shapes.items() if m != base.head)
+    weights = sum(dtype.itemsize * o * i for m, (o, i) in base.shapes.items() if m != base.head)
     found = Further.of(sizes, rows, prompts, base)
     assert (found.products, found.nbytes) == ({}, factors + 2 * weights)
 
