@@ -522,20 +522,19 @@ void modulate(const Job& job, int64_t first_page, int64_t pages, const void* wei
 using torch::stable::Tensor;
 
 const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
-const int32_t kCodes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
-                          aoti_torch_dtype_float16()};
+const int32_t kNumbers[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                            aoti_torch_dtype_float16()};
 constexpr torch::headeronly::ScalarType kTypes[] = {torch::headeronly::ScalarType::Float,
                                                     torch::headeronly::ScalarType::BFloat16,
                                                     torch::headeronly::ScalarType::Half};
 
-// New memory, contiguous.
-Tensor empty(std::vector<int64_t> sizes, int64_t dtype) {
+// New memory, contiguous, of a type by torch's own number.
+Tensor empty(const std::vector<int64_t>& sizes, int32_t type) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(), kCodes[dtype], aoti_torch_device_type_cpu(), 0,
-      &made));
+      sizes.size(), sizes.data(), strides.data(), type, aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 
@@ -695,6 +694,7 @@ struct Layer {
   int64_t number;
   const Product* product;
   const char* python;  // the operator that makes a program, or does without one
+  const char* name;    // that this knows the layer by
 };
 
 // Memory for one use until the next: what is new takes longer to get than to fill.
@@ -702,7 +702,7 @@ template <int Use>
 Tensor scratch(int64_t rows, int64_t columns, int64_t dtype) {
   thread_local std::vector<char> kept;
   const int64_t bytes = rows * columns * (dtype ? 2 : 4);
-  if (bytes > kScratch) return empty({rows, columns}, dtype);
+  if (bytes > kScratch) return empty({rows, columns}, kNumbers[dtype]);
   if (static_cast<int64_t>(kept.size()) < bytes) kept.resize(bytes);
   return matrix(kept.data(), rows, columns, columns, dtype);
 }
@@ -717,7 +717,7 @@ Tensor run(const Program& program, const Tensor& x) {
   const auto shape = x.sizes();
   std::vector<int64_t> sizes(shape.begin(), shape.end());
   sizes.back() = program.out;
-  const Tensor y = empty(sizes, dtype);
+  const Tensor y = empty(sizes, kNumbers[dtype]);
   const auto expanded = [&](bool expands, const Job& job, int64_t copies) {
     if (!expands) return matrix(x.data_ptr(), tokens, job.I, job.I, dtype);
     const Tensor to = scratch<0>(copies, job.I, dtype);
@@ -749,22 +749,23 @@ Tensor run_program(int64_t at, const Tensor& x) {
 
 // A layer in compiled code. Python is asked where its program is not made yet, or there can be none.
 Tensor linear(const Tensor& given, const std::optional<Tensor>& bias, const Tensor& layer,
-              const std::string& name, int64_t out) {
+              int64_t out) {
   const Layer& own = **static_cast<const Layer* const*>(layer.data_ptr());
   const Program* const* programs = *own.programs;
   const Program* program = programs ? programs[own.number] : nullptr;
   if (given.dim() == 2) {
     const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
     if (!programs || (program && program->untouched)) {
-      const int64_t sizes[] = {x.size(0), out};
-      const Tensor y = torch::stable::new_empty(x, {sizes, 2});
+      int32_t type;
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+      const Tensor y = empty({x.size(0), out}, type);
       (*own.product)(x, bias, y);
       return y;
     }
     if (program && program->rows() == x.size(0)) return run(*program, x);
   }
   using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{from(given), from(bias), from(name), from(out)};
+  std::array<StableIValue, 4> stack{from(given), from(bias), from(std::string(own.name)), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher(own.python, "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -838,7 +839,7 @@ PyMethodDef methods[] = {
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "cpu", nullptr, 0, methods};
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flora, library) {
-  library.def("cpu_linear(Tensor x, Tensor? bias, Tensor layer, str name, int out_features) -> Tensor");
+  library.def("cpu_linear(Tensor x, Tensor? bias, Tensor layer, int out_features) -> Tensor");
   library.def("run_program(int program, Tensor x) -> Tensor");
   library.def("make_product(str name, bool packed, Tensor weight) -> int");
   library.def("drop_product(int product) -> ()");

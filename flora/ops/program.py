@@ -49,6 +49,7 @@ class _Layer(Structure):
         ("number", c_int64),
         ("product", c_void_p),
         ("python", c_char_p),
+        ("name", c_char_p),
     ]
 
 
@@ -148,13 +149,13 @@ class CompiledLayer:
         out_features: int,
     ) -> None:
         self._kept, self.number = (running, product), number
-        self._own = _Layer(running.at, number, product.at, python.encode())
+        self._own = _Layer(running.at, number, product.at, python.encode(), name.encode())
         self.handle = torch.tensor(addressof(self._own))
-        self.name, self.out_features = name, out_features
+        self.out_features = out_features
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y; a program has the bias that it was prepared with."""
-        y: Tensor = torch.ops.flora.cpu_linear(x, bias, self.handle, self.name, self.out_features)
+        y: Tensor = torch.ops.flora.cpu_linear(x, bias, self.handle, self.out_features)
         return y
 
 
@@ -163,7 +164,6 @@ def _cpu_linear_shape(
     x: Tensor,
     bias: Tensor | None,  # noqa: ARG001
     layer: Tensor,  # noqa: ARG001
-    name: str,  # noqa: ARG001
     out_features: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)

@@ -94,10 +94,10 @@ def compiled_layer(layer: Any, name: str, number: int, python: str) -> "Compiled
 def without_python(layer: "CompiledLayer") -> Callable[..., Tensor]:
     """A method's `apply`: the layer in compiled code."""
     # Its own handle is an argument, as code that was compiled in another process is read from disk.
-    handle, name, out_features = layer.handle, layer.name, layer.out_features
+    handle, out_features = layer.handle, layer.out_features
 
     def apply(_: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y: Tensor = torch.ops.flora.cpu_linear(x, bias, handle, name, out_features)
+        y: Tensor = torch.ops.flora.cpu_linear(x, bias, handle, out_features)
         return y
 
     return apply
