@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Pool(Structure):
-    """`Pool` in cpu.cpp."""
+    """`Pool` in kernels/job.h."""
 
     _fields_: ClassVar = [
         ("pages", c_void_p),
@@ -35,7 +35,7 @@ class _Pool(Structure):
 
 
 class _Job(Structure):
-    """`Job` in cpu.cpp."""
+    """`Job` in kernels/job.h."""
 
     _fields_: ClassVar = [
         ("rows", c_void_p),

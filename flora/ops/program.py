@@ -22,7 +22,7 @@ load_kernels()
 
 
 class Part(Structure):
-    """`Part` in cpu.cpp."""
+    """`Part` in kernels/program.h."""
 
     _fields_: ClassVar = [
         *((name, c_void_p) for name in ("job", "product", "bias")),
@@ -31,7 +31,7 @@ class Part(Structure):
 
 
 class _Program(Structure):
-    """`Program` in cpu.cpp."""
+    """`Program` in kernels/program.h."""
 
     _fields_: ClassVar = [
         *((name, c_void_p) for name in ("job", "product")),
@@ -42,7 +42,7 @@ class _Program(Structure):
 
 
 class _Layer(Structure):
-    """`Layer` in cpu.cpp."""
+    """`Layer` in kernels/program.h."""
 
     _fields_: ClassVar = [
         ("programs", c_void_p),

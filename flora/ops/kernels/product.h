@@ -1,0 +1,79 @@
+// Products with some W0, and torch's tensors around memory.
+
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace {
+
+using torch::stable::Tensor;
+
+const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
+const int32_t kNumbers[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                            aoti_torch_dtype_float16()};
+constexpr torch::headeronly::ScalarType kTypes[] = {torch::headeronly::ScalarType::Float,
+                                                    torch::headeronly::ScalarType::BFloat16,
+                                                    torch::headeronly::ScalarType::Half};
+
+// New memory, contiguous, of a type by torch's own number.
+Tensor empty(const std::vector<int64_t>& sizes, int32_t type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(), type, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// Memory as a matrix, `stride` numbers from row to row.
+Tensor matrix(const void* data, int64_t rows, int64_t columns, int64_t stride, int64_t dtype) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {stride, 1};
+  return torch::stable::from_blob(const_cast<void*>(data), {sizes, 2}, {strides, 2}, kCpu,
+                                  kTypes[dtype]);
+}
+
+// x [C, in] by W0 [out, in] -> to [C, out], by torch's own product: it takes one thread within a
+// parallel region. Not through the dispatcher, whose calls by name take microseconds.
+void multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+              const Tensor& to) {
+  const int64_t sizes[] = {weight.size(1), weight.size(0)};
+  const int64_t strides[] = {weight.stride(1), weight.stride(0)};
+  const Tensor turned = torch::stable::from_blob(weight.data_ptr(), {sizes, 2}, {strides, 2}, kCpu,
+                                                 weight.scalar_type());
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      bias ? aoti_torch_cpu_addmm_out(to.get(), bias->get(), x.get(), turned.get(), 1, 1)
+           : aoti_torch_cpu_mm_out(to.get(), x.get(), turned.get()));
+}
+
+// A product with some W0: x [C, in] -> to [C, out].
+struct Product {
+  std::string name;  // of another library's operator that computes it; empty: torch's own does
+  bool packed;       // whether that is (to, x, W0, bias, true), and not (to, x, bias, W0)
+  Tensor weight;     // in whatever form it is taken
+
+  void operator()(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& to) const {
+    using torch::stable::detail::from;
+    if (name.empty()) {
+      multiply(x, weight, bias, to);
+    } else if (packed) {
+      std::array<StableIValue, 5> stack{from(to), from(x), from(weight), from(bias), from(true)};
+      call(stack.data());
+    } else {
+      std::array<StableIValue, 4> stack{from(to), from(x), from(bias), from(weight)};
+      call(stack.data());
+    }
+  }
+
+  void call(StableIValue* stack) const {
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name.c_str(), "", stack, TORCH_ABI_VERSION));
+  }
+};
+
+}  // namespace
