@@ -72,8 +72,10 @@ def test_without_a_server(tmp_path, tiny, capsys):
 
 
 @pytest.mark.slow
-def test_a_server_answers_as_transformers(tmp_path, tiny, capsys):
+def test_a_server_answers_as_transformers(tmp_path, tiny, capsys, monkeypatch):
     pytest.importorskip("vllm")
+    # In 16 bits the two round differently, and a model of noise has next tokens that are as likely.
+    monkeypatch.setattr("flora.machine.fast_dtype", lambda: "float32")
     records = run(tmp_path / "demo.json", *tiny)
     out = capsys.readouterr().out
     check_speeds(records, SYSTEMS + SERVED)
