@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
@@ -189,7 +190,7 @@ class Host:
             for name, layer in self.base.layers.items()
         }
         self._patched = [
-            (layer.base.module, "forward", layer.wrapper()) for layer in self.layers.values()
+            (layer.base.module, "forward", layer.forward) for layer in self.layers.values()
         ]
         self._patched.append((model, "forward", self._wrap_forward(model.forward)))
         if generate := getattr(model, "generate", None):
@@ -387,18 +388,10 @@ class AdaptedLayer:
         # Whether it last ran on all tokens of a call, and no others.
         self.takes_all = False
         self._known: WeightProduct | None = None
+        self.forward = self._make_forward()
 
     def __call__(self, x: Tensor) -> Tensor:
-        host = self.host  # a step of decoding comes here some hundred times, and feels each call
-        call = host.call if host.running else host.current_call()
-        if call is None:
-            return self.base.forward(x)  # type: ignore[no-any-return]
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.device_type):
-            return self._prepare(x, call)(x)
-        prepared = call.prepared.get(self.handle)
-        if prepared is None or prepared.shape != x.shape or prepared.dtype is not x.dtype:
-            prepared = host.prepare(self, x, call)
-        return prepared.linear(x)
+        return self.forward(x)
 
     def prepare(self, x: Tensor, call: Call) -> PreparedLayer:
         """The layer for every x of this shape and type in this call."""
@@ -439,15 +432,35 @@ class AdaptedLayer:
     def current_call(self) -> Call | None:
         return self.host.current_call()
 
-    def wrapper(self) -> Callable[[Tensor], Tensor]:
-        """The forward to set on the module; under compilation one opaque operator."""
-        outside = torch.compiler.disable(self)
+    def _make_forward(self) -> Callable[[Tensor], Tensor]:
+        """What is set on the module.
+
+        A step of decoding comes here some hundred times, and feels each call that is made here.
+        """
+        host, base, device_type, handle = self.host, self.base, self.device_type, self.handle
+
+        @wraps(base.forward)
+        def forward(x: Tensor) -> Tensor:
+            if is_compiling():
+                return traced(x)
+            call = host.call if host.running else host.current_call()
+            if call is None:
+                return base.forward(x)  # type: ignore[no-any-return]
+            if torch.is_grad_enabled() or torch.is_autocast_enabled(device_type):
+                return self._prepare(x, call)(x)
+            prepared = call.prepared.get(handle)
+            if prepared is None or prepared.shape != x.shape or prepared.dtype is not x.dtype:
+                prepared = host.prepare(self, x, call)
+            return prepared.linear(x)
+
+        traced = self._make_traced(torch.compiler.disable(forward))
+        return forward
+
+    def _make_traced(self, outside: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The forward in compiled code: one opaque operator, or `outside` of it."""
         trained, handle, out_features = self.trained, self.handle, self.base.out_features
 
-        @wraps(self.base.forward)
-        def forward(x: Tensor) -> Tensor:
-            if not torch.compiler.is_compiling():
-                return self(x)
+        def traced(x: Tensor) -> Tensor:
             y: Tensor
             if not torch.is_grad_enabled():
                 y = torch.ops.flora.adapted_layer(x, handle, out_features)
@@ -457,7 +470,7 @@ class AdaptedLayer:
                 y, _ = torch.ops.flora.trained_layer(x, trained, handle, out_features)
             return y
 
-        return forward
+        return traced
 
     def _units(self, x: Tensor, call: Call) -> tuple[tuple[int, ...], Tensor]:
         """The call's units, and x as `[units, tokens, in]`. Raises ShapeError for other shapes."""
