@@ -297,7 +297,7 @@ class AdapterBank:
         kept = [centered(side) if key.centered else (side.to(key.dtype),) for side in sides]
         counts = [len(own[0]) for own in layers.values()]
         for side, (pages, *_) in zip(sides, kept, strict=True):
-            if not (fits := pages.isfinite().all(dim=1)).all():
+            if pages.dtype != side.dtype and not (fits := pages.isfinite().all(dim=1)).all():
                 page = int(fits.int().argmin())
                 module = np.repeat([*layers], counts)[page]
                 kind = str(key.dtype).removeprefix("torch.")

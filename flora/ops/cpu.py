@@ -71,6 +71,7 @@ class PreparedLinear:
             self.segments = table.segments.tolist()
         T = len(table.copies)
         self.copies_shape, self.product_shape, self.y_shape = (T, N, I), (T, N, O), (S, N, O)
+        self.count = T * N
         self.pure = operands.pure
         self.weight = weight_OI.contiguous() if weight_OI is not None and self.segments else None
         # What a black box returns may be its own.
@@ -106,8 +107,8 @@ class PreparedLinear:
 
     def begin_program(self, parts: Sequence[Part], kept: object, **own: int | None) -> Program:
         """A program whose first, or only, layer this is."""
-        copies = prod(self.copies_shape[:2])
-        return Program(parts, kept, job=self.job_at, copies=copies, expands=self.expands, **own)
+        own |= {"job": self.job_at, "copies": self.count, "expands": self.expands}
+        return Program(parts, kept, **own)
 
     def part(self, first: int = 0, product: Product | None = None) -> Part:
         """What it adds in a program, from the byte `first` of y's rows on."""
@@ -115,7 +116,7 @@ class PreparedLinear:
             job=self.job_at,
             product=product and product.at,
             bias=self.bias_at,
-            copies=prod(self.copies_shape[:2]),
+            copies=self.count,
             expands=self.expands,
             first=first,
         )

@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import flora.ops.cpu_kernels  # noqa: F401 (it loads the operators)
 from flora.ops import Linear
-from flora.ops.build import load_kernels
 from flora.ops.factors import BaseProduct, WeightProduct
-
-load_kernels()
 
 
 class Part(Structure):
