@@ -16,6 +16,7 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 
 from flora.errors import FloraError
+from flora.machine import HUGE_PAGES
 
 BASE_MODEL = "base"
 """The name that servers know the model by."""
@@ -27,10 +28,6 @@ all engines have: only then it is another's turn."""
 START_SECONDS = 3600.0
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.2
-
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Memory by 2 MB, where the kernel leaves that to who asks. By 4 kB it comes from all over what is
-free, so that of two equal engines the one that started first was slower by a third."""
 
 
 def environment(system: str) -> dict[str, str]:

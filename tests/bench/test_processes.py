@@ -61,6 +61,10 @@ def test_the_plugin_is_on_for_what_is_floras(monkeypatch):
     assert environment("base")["VLLM_CPU_KVCACHE_SPACE"] == "2"
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     assert environment("base")["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    assert environment("base")["GLIBC_TUNABLES"] == ""
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    assert "hugetlb" in environment("base")["GLIBC_TUNABLES"]
 
 
 def test_options_as_a_command_line():

@@ -8,9 +8,10 @@ from typing import Any
 from flora.errors import UsageError
 from flora.hosts.loading import find_model
 from flora.hosts.offline import Sampling
+from flora.machine import HUGE_PAGES
 
-ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-"""What is set where the user has set nothing: vLLM would log among the answers."""
+LOGGING = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+"""vLLM would log among the answers."""
 
 
 class VllmEngine:
@@ -41,8 +42,8 @@ class VllmEngine:
 def load(model: str, adapters: Mapping[str, Path], sampling: Sampling, *, rows: int) -> VllmEngine:
     """See `load_engine`. All adapters are resident, and all of them are checked here."""
     model = find_model(model)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    for name, value in (LOGGING | HUGE_PAGES).items():
+        os.environ.setdefault(name, value)  # its processes inherit it
     from transformers import AutoConfig
     from vllm import LLM
     from vllm.lora.request import LoRARequest
