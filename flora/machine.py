@@ -7,8 +7,8 @@ from typing import Literal
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """The environment of a process that is to have its memory by 2 MB where Linux leaves that to who
-asks. By 4 kB it comes from all over what is free, and of two equal engines of vLLM on a CPU the one
-that started first was slower by a third."""
+asks. By 4 kB it comes from all over what is free, and of equal engines of vLLM on a CPU the one
+that started first was slower by up to a third."""
 
 
 def cache_folder() -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import flora
 from tests import zoo
+from tests.hosts.vllm.engine import NEW_TOKENS
 from tests.hosts.vllm.test_engine import EAGER, HEADS, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not")
@@ -223,6 +224,7 @@ def test_a_row_gets_its_own_adapter_around_a_quantised_base(tmp_path, scheme):
     )
     flora.attach(model, {name: tmp_path / name for name in zoo.CASES})
     for (name, prompt), tokens in zip(rows, found, strict=True):
+        assert len(tokens) == NEW_TOKENS
         chosen = torch.tensor(tokens)
         logits = model(torch.cat([prompt, chosen])[None], adapter_names=[name]).logits[0]
         logits = logits[len(prompt) - 1 : -1]
