@@ -107,9 +107,7 @@ class PreparedLinear:
 
     def begin_program(self, parts: Sequence[Part], kept: object, **own: int | None) -> Program:
         """A program whose first, or only, layer this is."""
-        return Program(
-            parts, kept, job=self.job_at, copies=self.count, expands=self.expands, **own
-        )
+        return Program(parts, kept, job=self.job_at, copies=self.count, expands=self.expands, **own)
 
     def part(self, first: int = 0, product: Product | None = None) -> Part:
         """What it adds in a program, from the byte `first` of y's rows on."""
