@@ -5,9 +5,9 @@ import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from flora.adapters.core import Adapter, LayerFactors
 from flora.errors import InvalidAdapterError, OutOfBudgetError, UnknownAdapterError
-from flora.ops.factors import BatchFactors, Pages, centered
+from flora.ops.factors import BatchFactors, LayersPages, Pages, centered
 
 RESERVE = {"cpu": 2.0}
 """A full pool moves to where it has so many times the room that it needs, by the device: a CPU's
 memory is only taken as it is written to."""
+
+Lent = TypeVar("Lent", Pages, LayersPages)
 
 TIGHT = 1.04
 """The same where memory is taken at once: little of it idle, few moves."""
@@ -129,7 +131,7 @@ class AdapterBank:
                 own = self._numbers[key]
                 own[module] = len(own)
                 self._places[module].append((family, key, own[module]))
-        self._last: tuple[tuple[str | None, ...], dict[_Key, _Laid]] | None = None
+        self._last: tuple[tuple[str | None, ...], dict[_Key, LayersPages]] | None = None
 
     def __contains__(self, identity: str) -> bool:
         return identity in self._slots
@@ -215,17 +217,14 @@ class AdapterBank:
         identities: of each group; None for a group without an adapter.
         None where no group touches the layer. Raises UnknownAdapterError.
         """
-        named = tuple(identities)
-        if self._last is None or self._last[0] != named:
-            # The layers of a batch are asked for one after the other.
-            self._last = named, self._lay(named)
-        sizes, lent = dict.fromkeys(FAMILIES, (0,) * len(named)), {}
+        laid = self._lay(tuple(identities))
+        sizes, lent = dict.fromkeys(FAMILIES, (0,) * len(identities)), {}
         for family, key, number in self._places[module]:
-            if (laid := self._last[1].get(key)) is None:
+            if key not in laid:
                 continue
-            sizes[family] = laid.sizes[number]
+            sizes[family], pages = laid[key].of(number)
             if any(sizes[family]):
-                lent[family] = self._pools[key].lend(laid, number)
+                lent[family] = self._pools[key].lend(pages)
         if not lent:
             return None
         return BatchFactors(
@@ -234,6 +233,15 @@ class AdapterBank:
             biased=tuple(map(bool, sizes["biases"])),
             **lent,
         )
+
+    def lay(self, identities: Sequence[str | None]) -> list[LayersPages]:
+        """The pages of a batch's groups in all layers, which stay as they are while these are kept.
+
+        identities: of each group; None for a group without an adapter.
+        Raises UnknownAdapterError.
+        """
+        laid = self._lay(tuple(identities))
+        return [self._pools[key].lend(replace(pages)) for key, pages in laid.items()]
 
     @property
     def residents(self) -> list[Resident]:
@@ -311,15 +319,19 @@ class AdapterBank:
             ones=np.array([((t == 1).all(dim=1) & is_scale).tolist() for t in sides]),
         )
 
-    def _lay(self, identities: tuple[str | None, ...]) -> dict[_Key, "_Laid"]:
+    def _lay(self, identities: tuple[str | None, ...]) -> dict[_Key, LayersPages]:
         """The batch's pages in each pool that it has some in. Raises UnknownAdapterError."""
+        # The layers of a batch are asked for one after the other.
+        if self._last is not None and self._last[0] == identities:
+            return self._last[1]
         for identity in identities:
             if identity is not None:
                 self._slot(identity)
         laid = {}
         for key, pool in self._pools.items():
             if groups := [(g, i) for g, i in enumerate(identities) if i and i in pool.held]:
-                laid[key] = pool.lay(groups, (len(self._numbers[key]), len(identities)))
+                laid[key] = pool.lay(groups, len(identities), self._numbers[key])
+        self._last = identities, laid
         return laid
 
     def _make_room(self, paged: PagedAdapter) -> None:
@@ -359,21 +371,6 @@ class _Span(NamedTuple):
     ones: np.ndarray
 
 
-class _Laid(NamedTuple):
-    """A batch's pages in a pool, layer by layer, and in each layer group by group.
-
-    pages:   of all layers.
-    ends:    where those of each layer begin, and behind the last where they end.
-    sizes:   of each layer how many each group has.
-    neutral: of each layer for each of the pool's tensors, whether it has ones in all of them.
-    """
-
-    pages: Tensor
-    ends: list[int]
-    sizes: list[tuple[int, ...]]
-    neutral: list[tuple[bool, ...]]
-
-
 class _Pool:
     """Pages of one size: parallel tensors `[room, width]`, and who holds which page.
 
@@ -391,13 +388,13 @@ class _Pool:
         self.tensors = tuple(
             torch.empty(0, width, dtype=key.dtype, device=key.device) for width in widths
         )
-        self.sides = len(key.widths)
+        self.family, self.sides = key.family, len(key.widths)
         self.page_bytes = sum(widths) * key.dtype.itemsize
         self.capacity = 0
         self.held: dict[str, _Span] = {}
         self.free: list[int] = []
         self.left: list[int] = []
-        self._lent: WeakSet[Pages] = WeakSet()
+        self._lent: WeakSet[Pages | LayersPages] = WeakSet()
 
     @property
     def nbytes(self) -> int:
@@ -425,31 +422,37 @@ class _Pool:
         if 2 * (len(self.free) + len(self.left)) > self.capacity:
             self.compact()
 
-    def lay(self, groups: Sequence[tuple[int, str]], sizes: tuple[int, int]) -> _Laid:
+    def lay(
+        self, groups: Sequence[tuple[int, str]], count: int, numbers: Mapping[str, int]
+    ) -> LayersPages:
         """The pages of these groups' adapters.
 
-        groups: the number of each, and its adapter, which has pages here.
-        sizes:  of layers, and of all groups.
+        groups:  the number of each, and its adapter, which has pages here.
+        count:   of all groups.
+        numbers: of the layers by name.
         """
         # At once for all layers: these are thousands of pages, of which a step waits.
         spans = [self.held[identity] for _, identity in groups]
         pages, layers = (np.concatenate([span[i] for span in spans]) for i in (0, 1))
         ones = np.concatenate([span.ones for span in spans], axis=1)
         group = np.repeat([number for number, _ in groups], [len(span.pages) for span in spans])
-        count = np.bincount(layers * sizes[1] + group, minlength=sizes[0] * sizes[1]).reshape(sizes)
-        others = [np.bincount(layers[~own], minlength=sizes[0]) for own in ones]
-        return _Laid(
-            pages=self._index(pages[np.argsort(layers, kind="stable")]),
-            ends=[0, *count.sum(axis=1).cumsum().tolist()],
-            sizes=[tuple(own) for own in count.tolist()],
-            neutral=[tuple(own) for own in (np.stack(others, axis=1) == 0).tolist()],
+        sizes = len(numbers), count
+        found = np.bincount(layers * count + group, minlength=prod(sizes)).reshape(sizes)
+        others = [np.bincount(layers[~own], minlength=len(numbers)) for own in ones]
+        return LayersPages(
+            family=self.family,
+            numbers=numbers,
+            pools=self.tensors[: self.sides],
+            centers=self.tensors[self.sides :] or None,
+            index=self._index(pages[np.argsort(layers, kind="stable")]),
+            ends=np.concatenate([[0], found.sum(axis=1).cumsum()]),
+            sizes=found,
+            neutral=np.stack(others, axis=1) == 0,
         )
 
-    def lend(self, laid: _Laid, layer: int) -> Pages:
-        """One layer's pages."""
-        index = laid.pages[laid.ends[layer] : laid.ends[layer + 1]]
-        sides, centers = self.tensors[: self.sides], self.tensors[self.sides :]
-        self._lent.add(pages := Pages(sides, index, laid.neutral[layer], centers or None))
+    def lend(self, pages: Lent) -> Lent:
+        """What somebody reads until it is forgotten."""
+        self._lent.add(pages)
         return pages
 
     def compact(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flora.bank import AdapterBank
-from flora.ops import adapted_linear
+from flora.ops import costs
 from flora.ops.plan import Costs
 
 if not torch.cuda.is_available():
@@ -25,7 +25,7 @@ hypothesis.settings.load_profile("flora")
 @pytest.fixture(autouse=True)
 def _plans_go_by_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every machine takes the same sides; tests/ops/test_costs.py measures."""
-    monkeypatch.setattr(adapted_linear, "layer_costs", lambda *_, **__: Costs())
+    monkeypatch.setattr(costs, "layer_costs", lambda *_, **__: Costs())
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """The front door of the operator: checks shapes, makes the plan, chooses the backend."""
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -9,14 +9,9 @@ from torch import Tensor
 
 from flora.errors import ShapeError
 from flora.ops import Linear, Operands, get_backend
-from flora.ops.costs import layer_costs
+from flora.ops.costs import costs_for
 from flora.ops.factors import BaseProduct, BatchFactors
 from flora.ops.plan import Costs, make_plan
-
-DEFAULT_COSTS = Costs()
-
-FEW_COPIES = 32
-"""So many more than rows are never worth a modulation of W0."""
 
 
 def adapted_linear(
@@ -96,7 +91,6 @@ class Adapted:
             )
         self.base, self.factors, self.bias, self.weight = base, factors, bias, weight
         self.pure, self.backend = pure, backend
-        self._deepest = max(factors.pairs, default=0)
 
     def prepare(self, x: Tensor, rows: Sequence[int], costs: Costs | None = None) -> Linear:
         """The layer for these rows; see `prepare`."""
@@ -118,14 +112,14 @@ class Adapted:
             or any(t is not None and t.requires_grad for t in (x, weight, self.bias))
         )
         if costs is None:
-            costs = DEFAULT_COSTS
-            # What a step of decoding feels is asked first.
-            if (
-                weight is not None
-                and self._deepest > 1
-                and _more_copies(rows, factors.pairs) * x.shape[1] > FEW_COPIES
-            ):
-                costs = layer_costs(weight, self.backend, grad=grad)
+            costs = costs_for(
+                rows,
+                factors.pairs,
+                tokens=x.shape[1],
+                weight=weight,
+                backend=self.backend,
+                grad=grad,
+            )
         plan = make_plan(
             rows,
             factors.pairs,
@@ -158,10 +152,3 @@ class Adapted:
             )
             x = x.to(dtype)
             return cast.prepare(x, rows)(x)
-
-
-@lru_cache(maxsize=512)
-def _more_copies(rows: tuple[int, ...], pairs: tuple[int, ...]) -> int:
-    """How many more than rows the activation side has; what a wrong row means the plan says."""
-    groups = range(len(pairs))
-    return sum(max(0, pairs[row] - 1) for row in rows if row in groups)

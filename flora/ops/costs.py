@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,12 @@ MODULATED_TOKENS = 16
 MOST_PAIRS = 16
 
 
+DEFAULT_COSTS = Costs()
+
+FEW_COPIES = 32
+"""So many more than rows are never worth a modulation of W0."""
+
+
 class _Layer(NamedTuple):
     """What costs depend on, beside the machine."""
 
@@ -53,6 +59,31 @@ class _Layer(NamedTuple):
 
 
 _known: dict[_Layer, Costs] = {}
+
+
+def costs_for(
+    rows: tuple[int, ...],
+    pairs: tuple[int, ...],
+    *,
+    tokens: int,
+    weight: Tensor | None,
+    backend: str,
+    grad: bool,
+) -> Costs:
+    """What a layer's plan goes by: its own costs, where a modulation of W0 may be worth it.
+
+    Arguments as those of `make_plan`; weight: W0, if it can be read.
+    """
+    if weight is None or _more_copies(rows, pairs) * tokens <= FEW_COPIES:
+        return DEFAULT_COSTS
+    return layer_costs(weight, backend, grad=grad)
+
+
+@lru_cache(maxsize=512)
+def _more_copies(rows: tuple[int, ...], pairs: tuple[int, ...]) -> int:
+    """How many more than rows the activation side has; what a wrong row means the plan says."""
+    groups = range(len(pairs))
+    return sum(max(0, pairs[row] - 1) for row in rows if row in groups)
 
 
 def layer_costs(weight_OI: Tensor, backend: str, *, grad: bool) -> Costs:
@@ -105,7 +136,7 @@ def _path(layer: _Layer) -> Path:
 def _code() -> str:
     """A hash of what is measured, and of how: what another version kept says nothing of this."""
     folder = Path(__file__).parent
-    sources = sorted([*folder.glob("*.py"), *folder.glob("*.cpp")])
+    sources = sorted(path for end in ("py", "cpp", "h") for path in folder.rglob(f"*.{end}"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 

@@ -81,7 +81,7 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "cpu", nullptr, 0, methods};
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flora, library) {
   library.def("cpu_linear(Tensor x, Tensor? bias, Tensor layer, int out_features) -> Tensor");
-  library.def("run_program(int program, Tensor x) -> Tensor");
+  library.def("run_program(int layer, int step, Tensor x) -> Tensor");
   library.def("make_product(str name, bool packed, Tensor weight) -> int");
   library.def("drop_product(int product) -> ()");
 }

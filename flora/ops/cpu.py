@@ -5,7 +5,7 @@ For fp32 and 16 bits; in fp64, and where W0 has another type than x, the operato
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate, cycle
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from flora.ops import Linear, Operands, cpu_autograd, eager
 from flora.ops.cpu_kernels import DTYPES, Job, contract, expand, multiply_modulated, scratch
 from flora.ops.factors import BaseProduct
-from flora.ops.program import Part, Product, Program, known_product
+from flora.ops.program import Program, known_product
 
 SHARED_COPIES = 1 << 24
 """Up to so many numbers layers share the memory of their copies."""
@@ -51,8 +51,7 @@ def merge(
     )
     if not suits:
         return None
-    linear = MergedLinear(x_SNI, base, layers, sizes, same_input=same_input)
-    return linear.program() or linear
+    return MergedLinear(x_SNI, base, layers, sizes, same_input=same_input)
 
 
 class PreparedLinear:
@@ -94,31 +93,7 @@ class PreparedLinear:
     def program(self) -> Program | None:
         """The same without Python; None where W0 is modulated, or only Python knows its product."""
         product = known_product(self.base)
-        if product is None or self.segments:
-            return None
-        # What a known product fills is the program's own.
-        return self.begin_program(
-            [self.part()] if self.contracts else [],
-            self,
-            product=product.at,
-            out_features=self.y_shape[2],
-            in_place=self.job.table.in_order,
-        )
-
-    def begin_program(self, parts: Sequence[Part], kept: object, **own: int | None) -> Program:
-        """A program whose first, or only, layer this is."""
-        return Program(parts, kept, job=self.job_at, copies=self.count, expands=self.expands, **own)
-
-    def part(self, first: int = 0, product: Product | None = None) -> Part:
-        """What it adds in a program, from the byte `first` of y's rows on."""
-        return Part(
-            job=self.job_at,
-            product=product and product.at,
-            bias=self.bias_at,
-            copies=self.count,
-            expands=self.expands,
-            first=first,
-        )
+        return None if product is None or self.segments else Program(self.job, product)
 
     def expand(self, x_SNI: Tensor, x_at: int) -> Tensor:
         """The copies, `[T, N, in]`; x lies at that address."""
@@ -232,21 +207,3 @@ class MergedLinear:
         for _, job_at, bias_at, first in self.parts:
             contract(job_at, product_at + first, x_at, bias_at, y_at + first)
         return y_SNO
-
-    def program(self) -> Program | None:
-        """The same without Python; None where a W0 is modulated, or only Python knows a product."""
-        bases = [self.base] if self.whole else [layer.base for layer, *_ in self.parts]
-        products = [own for base in bases if (own := known_product(base)) is not None]
-        if len(products) < len(bases) or any(layer.segments for layer in self.layers):
-            return None
-        parts = [
-            layer.part(first, None if self.whole else product)
-            for (layer, _, _, first), product in zip(self.parts, cycle(products))
-        ]
-        return self.layers[0].begin_program(
-            parts,
-            self,
-            product=products[0].at if self.whole else None,
-            out_features=self.y_shape[2],
-            in_place=self.in_place,
-        )

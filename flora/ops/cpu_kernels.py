@@ -23,7 +23,11 @@ modulation_gradients, scale_gradients = kernels.modulation_gradients, kernels.sc
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class _Pool(Structure):
+POOLS = {"hadamard": ("b", "a"), "low_rank": ("down", "up"), "biases": ("biases",)}
+"""What the kernels call the pools of each field of `BatchFactors`."""
+
+
+class PoolFields(Structure):
     """`Pool` in kernels/job.h."""
 
     _fields_: ClassVar = [
@@ -34,12 +38,12 @@ class _Pool(Structure):
     ]
 
 
-class _Job(Structure):
+class JobFields(Structure):
     """`Job` in kernels/job.h."""
 
     _fields_: ClassVar = [
         ("rows", c_void_p),
-        *((name, _Pool) for name in ("b", "a", "down", "up", "biases")),
+        *((name, PoolFields) for pools in POOLS.values() for name in pools),
         *((name, c_int64) for name in ("S", "N", "I", "O", "product_stride", "y_stride", "dtype")),
     ]
 
@@ -54,33 +58,28 @@ class Pools:
     def __init__(self, factors: BatchFactors, dtype: torch.dtype) -> None:
         self._kept: list[Tensor] = []
         self._of = {
-            name: self._lay(family, which, kind)
-            for name, family, which, kind in (
-                ("b", factors.hadamard, 0, torch.float32),
-                ("a", factors.hadamard, 1, torch.float32),
-                ("down", factors.low_rank, 0, dtype),
-                ("up", factors.low_rank, 1, dtype),
-                ("biases", factors.biases, 0, dtype),
-            )
-            if family is not None
+            name: self._lay(pages, side, torch.float32 if family == "hadamard" else dtype)
+            for family, names in POOLS.items()
+            if (pages := getattr(factors, family)) is not None
+            for side, name in enumerate(names)
         }
         self._dtype = dtype
-        self._jobs: dict[tuple[int, ...], _Job] = {}
+        self._jobs: dict[tuple[int, ...], JobFields] = {}
         in_neutral, out_neutral = factors.hadamard.neutral if factors.hadamard else (True, True)
         self.neutral = in_neutral, out_neutral
 
-    def job(self, rows: Tensor, S: int, N: int, *sizes: int) -> _Job:
+    def job(self, rows: Tensor, S: int, N: int, *sizes: int) -> JobFields:
         """A job of theirs; `sizes` are I, O and the stride of product and y."""
         if sizes not in self._jobs:
             I, O, stride = sizes  # noqa: E741
             own = {"I": I, "O": O, "product_stride": stride, "y_stride": stride}
-            self._jobs[sizes] = _Job(dtype=DTYPES.index(self._dtype), **own, **self._of)
+            self._jobs[sizes] = JobFields(dtype=DTYPES.index(self._dtype), **own, **self._of)
         # A copy, as the rows are another's.
-        job = _Job.from_buffer_copy(self._jobs[sizes])
+        job = JobFields.from_buffer_copy(self._jobs[sizes])
         job.rows, job.S, job.N = rows.data_ptr(), S, N
         return job
 
-    def _lay(self, pages: Pages, which: int, dtype: torch.dtype) -> _Pool:
+    def _lay(self, pages: Pages, which: int, dtype: torch.dtype) -> PoolFields:
         """Where one pool is, and the index, and how many pages are taken."""
         pool, index, centers = pages.pools[which].detach(), pages.index, None
         if pages.centers is not None:
@@ -90,7 +89,7 @@ class Pools:
         else:
             pool = pool.to(dtype).contiguous()
         self._kept += [tensor for tensor in (pool, index, centers) if tensor is not None]
-        return _Pool(
+        return PoolFields(
             pages=pool.data_ptr(),
             index=None if index is None else index.data_ptr(),
             count=len(pool if index is None else index),
@@ -124,15 +123,15 @@ class Job:
         # The factors too: their pages are lent for as long as these are not forgotten.
         self._factors = factors
         self.pools = factors.keep(Pools, self.dtype, Pools, factors, self.dtype)
-        self._job = self.pools.job(self.table.rows, S, N, I, O, stride or O)
-        self.at = addressof(self._job)
+        self.fields = self.pools.job(self.table.rows, S, N, I, O, stride or O)
+        self.at = addressof(self.fields)
         bias_O = operands.bias
         self.bias = None if bias_O is None else bias_O.detach().to(self.dtype).contiguous()
         self.bias_at = 0 if self.bias is None else self.bias.data_ptr()
 
     def product_stands_alone(self) -> None:
         """The product is this layer's only, where y is not."""
-        self._job.product_stride = self.out_features
+        self.fields.product_stride = self.out_features
 
     def check(self, product_TNO: Tensor) -> Tensor:
         """What a black box returned, as the kernels take it. Raises ShapeError."""

@@ -1,10 +1,11 @@
 """The factors of one layer for one batch."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ParamSpec, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +63,41 @@ class Pages:
                 torch.add(center.float(), off, out=copy[:taken])
             copies.append(copy)
         return tuple(copies)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayersPages:
+    """The pages of one pool, or of two that belong together, which a batch's G groups take in L
+    layers, layer after layer.
+
+    family:  theirs among the fields of `BatchFactors`.
+    numbers: of each layer by its name.
+    pools, centers: as in `Pages`.
+    index:   `[pages]`, int32: those that are taken in all layers.
+    ends:    `[L + 1]`: where those of each layer begin, and behind the last where they end.
+    sizes:   `[L, G]`: how many each group has.
+    neutral: `[L, sides]`: for each layer's pools whether all that is taken is ones.
+    """
+
+    family: str
+    numbers: Mapping[str, int]
+    pools: tuple[Tensor, ...]
+    centers: tuple[Tensor, ...] | None
+    index: Tensor
+    ends: np.ndarray
+    sizes: np.ndarray
+    neutral: np.ndarray
+
+    @cached_property
+    def _of_layers(self) -> list[tuple[slice, tuple[int, ...], tuple[bool, ...]]]:
+        ends = self.ends.tolist()
+        rows = zip(ends, ends[1:], self.sizes.tolist(), self.neutral.tolist(), strict=False)
+        return [(slice(first, end), tuple(n), tuple(ones)) for first, end, n, ones in rows]
+
+    def of(self, number: int) -> tuple[tuple[int, ...], Pages]:
+        """How many pages each group has in a layer, and these."""
+        own, sizes, neutral = self._of_layers[number]
+        return sizes, Pages(self.pools, self.index[own], neutral, self.centers)
 
 
 def centered(pages_PX: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,10 @@
-"""Layers in one batch as programs, which run without Python.
+"""A layer in one batch as a program, which runs without Python.
 
 Python takes tens of microseconds around each product, as the last one has swept it from the caches:
 in decoding as long as a layer of a small model itself.
 """
 
-from collections.abc import Sequence
-from ctypes import Structure, addressof, c_char_p, c_int64, c_void_p
+from ctypes import Structure, addressof, c_bool, c_char_p, c_int64, c_void_p
 from functools import partial
 from typing import ClassVar, cast
 from weakref import finalize
@@ -14,40 +13,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import flora.ops.cpu_kernels  # noqa: F401 (it loads the operators)
-from flora.ops import Linear
+from flora.ops.cpu_kernels import Job, JobFields
 from flora.ops.factors import BaseProduct, WeightProduct
+from flora.ops.table import Table
+
+
+class Batch(Structure):
+    """`Batch` in kernels/program.h."""
+
+    _fields_: ClassVar = [
+        ("rows", c_void_p),
+        *((name, c_int64) for name in ("S", "N", "copies")),
+        *((name, c_int64) for name in ("scaled", "in_order", "adds", "modulated")),
+    ]
+
+    @classmethod
+    def of(cls, table: Table, tokens: int) -> "Batch":
+        """Rows of so many tokens each; whoever has it keeps the table."""
+        return cls(
+            rows=table.rows.data_ptr(),
+            S=len(table.rows),
+            N=tokens,
+            copies=len(table.copies) * tokens,
+            scaled=table.scaled,
+            in_order=table.in_order,
+            adds=table.adds,
+            modulated=table.segments is not None,
+        )
 
 
 class Part(Structure):
     """`Part` in kernels/program.h."""
 
     _fields_: ClassVar = [
-        *((name, c_void_p) for name in ("job", "product", "bias")),
-        *((name, c_int64) for name in ("copies", "expands", "first")),
+        ("job", JobFields),
+        *((name, c_void_p) for name in ("product", "bias")),
+        *((name, c_int64) for name in ("first", "in_neutral", "out_neutral", "batch")),
     ]
 
 
-class _Program(Structure):
-    """`Program` in kernels/program.h."""
+class Laid(Structure):
+    """`Laid` in kernels/program.h."""
 
-    _fields_: ClassVar = [
-        *((name, c_void_p) for name in ("job", "product")),
-        *((name, c_int64) for name in ("out_features", "copies", "expands", "in_place")),
-        *((name, c_int64) for name in ("untouched", "count")),
-        ("parts", c_void_p),
-    ]
+    _fields_: ClassVar = [("batches", c_void_p), ("shared", c_void_p)]
 
 
-class _Layer(Structure):
+class Layer(Structure):
     """`Layer` in kernels/program.h."""
 
     _fields_: ClassVar = [
-        ("programs", c_void_p),
+        ("step", c_void_p),
         ("number", c_int64),
-        ("product", c_void_p),
-        ("python", c_char_p),
-        ("name", c_char_p),
+        *((name, c_void_p) for name in ("product", "parts")),
+        *((name, c_int64) for name in ("count", "out")),
+        *((name, c_char_p) for name in ("python", "name")),
     ]
 
 
@@ -81,87 +100,22 @@ def known_product(base: BaseProduct) -> Product | None:
 
 
 class Program:
-    """A layer in one batch without gradients: `[..., in]` to `[..., out]`, of as many tokens.
+    """A layer in one batch without gradients: `[..., in]` to `[..., out]`, of as many tokens."""
 
-    kept: all that it reads by address.
-    """
-
-    def __init__(self, parts: Sequence[Part], kept: object, **own: int | None) -> None:
-        laid = (Part * len(parts))(*parts)
-        self._own = _Program(count=len(parts), parts=addressof(laid), **own)
-        self._kept = laid, kept
-        self.at = addressof(self._own)
+    def __init__(self, job: Job, product: Product) -> None:
+        in_neutral, out_neutral = job.pools.neutral
+        part = Part(
+            job=job.fields, bias=job.bias_at, in_neutral=in_neutral, out_neutral=out_neutral
+        )
+        batch, shared = Batch.of(job.table, job.x_shape[1]), c_bool(True)
+        step = Laid(batches=addressof(batch), shared=addressof(shared))
+        layer = Layer(product=product.at, parts=addressof(part), count=1, out=job.out_features)
+        self._kept = job, product, part, batch, shared, step, layer
+        self._layer_at, self._step_at = addressof(layer), addressof(step)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = _run_program(self.at, x)
+        y: Tensor = _run_program(self._layer_at, self._step_at, x)
         return y
 
 
 _run_program = torch.ops.flora.run_program.default
-_UNTOUCHED = Program([], None, untouched=True)
-
-
-class Programs:
-    """Those of a model's layers in one batch, by the layers' numbers; none at first."""
-
-    def __init__(self, count: int) -> None:
-        self._laid = (c_void_p * count)()
-        self._kept: dict[int, Program | None] = {}
-        self.at = addressof(self._laid)
-
-    def put(self, number: int, linear: Linear | None) -> bool:
-        """That of a prepared layer, if it has one; None is a layer that no adapter touches."""
-        known = _UNTOUCHED if linear is None else linear
-        program = known if isinstance(known, Program) else None
-        self._kept[number], self._laid[number] = program, program.at if program else None
-        return program is not None
-
-
-class Running:
-    """The programs that a model's layers run; at first those of a batch without adapters."""
-
-    def __init__(self) -> None:
-        self._at = c_void_p()
-        self.at = addressof(self._at)
-
-    def set(self, programs: Programs | None) -> None:
-        """Whoever sets them keeps them; None is a batch without adapters."""
-        self._at.value = None if programs is None else programs.at
-
-
-class CompiledLayer:
-    """A layer as compiled code has it, which finds it by its `handle`.
-
-    running: what is set for each batch.
-    number:  the layer's own among its programs.
-    python:  the operator (x, bias, name, out_features) that is called where it has none.
-    """
-
-    def __init__(
-        self,
-        running: Running,
-        number: int,
-        product: Product,
-        python: str,
-        name: str,
-        out_features: int,
-    ) -> None:
-        self._kept, self.number = (running, product), number
-        self._own = _Layer(running.at, number, product.at, python.encode(), name.encode())
-        self.handle = torch.tensor(addressof(self._own))
-        self.out_features = out_features
-
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """y; a program has the bias that it was prepared with."""
-        y: Tensor = torch.ops.flora.cpu_linear(x, bias, self.handle, self.out_features)
-        return y
-
-
-@partial(torch.library.register_fake, "flora::cpu_linear")
-def _cpu_linear_shape(
-    x: Tensor,
-    bias: Tensor | None,  # noqa: ARG001
-    layer: Tensor,  # noqa: ARG001
-    out_features: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)

@@ -23,6 +23,7 @@ class Table(NamedTuple):
     moved:    whether these are anything but the rows themselves.
     scaled:   whether copies are: those on the active side, by their Hadamard pages.
     in_order: whether each row has one copy, in the row's own place.
+    adds:     whether a row adds something to its products, or has a bias.
     lengths:  the copies of each segment.
     pairs:    those of the deepest segment.
     rank:     that of the deepest row.
@@ -35,6 +36,7 @@ class Table(NamedTuple):
     moved: bool
     scaled: bool
     in_order: bool
+    adds: bool
     lengths: tuple[int, ...]
     pairs: int
     rank: int
@@ -85,6 +87,7 @@ def make_table(
             moved=copies[:active] != [(row, -1) for row in range(count)],
             scaled=any(page >= 0 for _, page in copies),
             in_order=[row for row, _ in copies] == list(range(count)),
+            adds=any(rank or bias >= 0 for *_, rank, bias in rows.values()),
             lengths=tuple(segment[1] for segment in segments),
             pairs=max((segment[3] for segment in segments), default=0),
             rank=max((ranks[group] for group in plan.rows), default=0),

@@ -14,8 +14,7 @@ from torch import Tensor
 from flora.adapters.core import Adapter, LayerFactors
 from flora.bank import AdapterBank, LayerSpec, join_factors
 from flora.errors import BackendError, ShapeError
-from flora.ops import BACKENDS
-from flora.ops import adapted_linear as front_door
+from flora.ops import BACKENDS, costs
 from flora.ops.adapted_linear import Adapted, adapted_linear, prepare
 from flora.ops.factors import BatchFactors, Pages
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE, Costs
@@ -214,17 +213,16 @@ def absolute(layer: Layer) -> Layer:
     )
 
 
-def set_side(patch: pytest.MonkeyPatch, costs: Costs) -> None:
+def set_side(patch: pytest.MonkeyPatch, side: Costs) -> None:
     """Have all plans go by these costs."""
-    patch.setattr(front_door, "DEFAULT_COSTS", costs)
-    patch.setattr(front_door, "layer_costs", lambda *_, **__: costs)
+    patch.setattr(costs, "DEFAULT_COSTS", side)
+    patch.setattr(costs, "layer_costs", lambda *_, **__: side)
 
 
 @pytest.fixture(params=["activation", "weight"])
 def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forces a side: of the weight side every group that is scaled, at any size."""
-    costs = WEIGHT_SIDE if request.param == "weight" else ACTIVATION_SIDE
-    set_side(monkeypatch, costs)
+    set_side(monkeypatch, WEIGHT_SIDE if request.param == "weight" else ACTIVATION_SIDE)
     return request.param
 
 

@@ -14,7 +14,7 @@ from flora.ops.factors import BaseProduct
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # the kernels are loaded where they are run
-    from flora.ops.program import CompiledLayer, Programs
+    from flora.ops.compiled_layers import CompiledLayer, CompiledLayers
 
 OPERATORS = {
     "_C::onednn_mm": ("c", "a", "bias", "handler_tensor"),
@@ -70,25 +70,46 @@ def product_of(product: BaseProduct, in_features: int, dtype: torch.dtype) -> Ba
     return Product(product, weight, func.name(), packed=packed)
 
 
-def compiled_layer(layer: Any, name: str, number: int, python: str) -> "CompiledLayer | None":
+def compiled_layer(layer: Any, name: str, python: str) -> "CompiledLayer | None":
     """A layer of vLLM's for compiled code; None where Python has to compute its product.
 
     name:   that compiled code knows it by.
-    number: its own among the programs of its model.
     python: the operator for what no program does.
     """
     if not has_programs(layer.backend, layer.device):
         return None
-    from flora.ops.program import CompiledLayer, Product, Running
+    from flora.ops.compiled_layers import CompiledLayer, Running, Slice
+    from flora.ops.cpu_kernels import DTYPES
+    from flora.ops.program import Product
 
-    if not isinstance(layer.merged, Product):
+    if not isinstance(layer.merged, Product) or layer.dtype not in DTYPES:
         logger.info("%s goes through Python, which is slower: its product is unknown", layer.name)
         return None
     if layer.current.running is None:
         layer.current.running = Running()
-    return CompiledLayer(
-        layer.current.running, number, layer.merged, python, name, layer.out_features
-    )
+    bias = layer.passed_bias
+    slices = [
+        Slice(
+            name=part.name,
+            in_features=part.in_features,
+            out_features=part.out_features,
+            product=part.base if isinstance(part.base, Product) else None,
+            bias=None if bias is None else bias[part.rows].to(layer.dtype),
+            weight=part.weight,
+        )
+        for part in layer.parts
+    ]
+    return CompiledLayer(layer.current.running, layer.merged, slices, layer.dtype, python, name)
+
+
+def compiled_layers(layers: Sequence[Any], backend: str) -> "CompiledLayers | None":
+    """Those of a model's layers that compiled code runs; None where there are none."""
+    compiled = [layer.compiled for layer in layers if layer.compiled is not None]
+    if not compiled:
+        return None
+    from flora.ops.compiled_layers import CompiledLayers
+
+    return CompiledLayers(compiled, backend)
 
 
 def without_python(layer: "CompiledLayer") -> Callable[..., Tensor]:
@@ -101,12 +122,3 @@ def without_python(layer: "CompiledLayer") -> Callable[..., Tensor]:
         return y
 
     return apply
-
-
-def new_programs(layers: Sequence[Any]) -> "Programs | None":
-    """Room for those of a batch; None where no layer runs one."""
-    if all(layer.compiled is None for layer in layers):
-        return None
-    from flora.ops.program import Programs
-
-    return Programs(len(layers))

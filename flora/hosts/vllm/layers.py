@@ -24,7 +24,7 @@ from flora.ops.factors import BaseProduct
 from flora.ops.merged import Merged, Slice
 
 if TYPE_CHECKING:  # the kernels are loaded where they are run
-    from flora.ops.program import CompiledLayer, Programs, Running
+    from flora.ops.compiled_layers import CompiledLayer, LaidStep, Running
 
 KEPT = "flora_kept"
 """The attribute under which a layer has what `keep` kept of it."""
@@ -46,12 +46,12 @@ class Step(NamedTuple):
 
     call:       the adapter of each token.
     same_input: the merged layers of which each of its adapters scales the input as one.
-    programs:   of the layers that need no Python; None where there are none.
+    laid:       what compiled code runs of it; None where it runs no programs.
     """
 
     call: Call
     same_input: frozenset[str]
-    programs: "Programs | None"
+    laid: "LaidStep | None"
 
 
 class Current:
@@ -71,7 +71,7 @@ class Current:
     def step(self, step: Step | None) -> None:
         self._step = step
         if self.running is not None:
-            self.running.set(None if step is None else step.programs)
+            self.running.set(None if step is None else step.laid)
 
     def split(self, x: Tensor, units: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
         """The group of each unit, and x by units, `[units, columns, in]`: here each is a token."""
@@ -193,11 +193,18 @@ class AdaptedLayer:
         if prepared is None:
             # All at once: each product sweeps what the next layer needs for it out of the caches.
             for layer in self.current.layers:
-                layer.prepare(x, step)
+                if layer is self or not layer.has_program(step):
+                    layer.prepare(x, step)
         elif prepared.shape != x.shape:
             self.prepare(x, step)
         y: Tensor = step.call.prepared[self.name].linear(x)
         return y
+
+    def has_program(self, step: Step) -> bool:
+        """Whether compiled code does not ask for it in a step."""
+        if self.compiled is None or step.laid is None:
+            return False
+        return not step.laid.modulated[self.compiled.number]
 
     def prepare(self, x: Tensor, step: Step) -> None:
         """Make ready for a step.
@@ -215,11 +222,7 @@ class AdaptedLayer:
             linear = layer.prepare(x_SI, units, same_input=self.name in step.same_input)
         elif layer is not None:
             linear = layer.prepare(x_SI, units)
-        run: Linear = partial(self._run, linear, x_SI.shape)
-        if self.compiled is not None and step.programs is not None:
-            has_program = step.programs.put(self.compiled.number, linear)
-            if has_program and linear is not None and x.ndim == 2:
-                run = self.compiled
+        run = partial(self._run, linear, x_SI.shape)
         step.call.prepared[self.name] = PreparedLayer(x.shape, x.dtype, run)
 
     def _run(self, linear: Linear | None, shape: Sequence[int], x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from flora.bank import AdapterBank, PagedAdapter
 from flora.errors import FloraError, OutOfBudgetError, UsageError
 from flora.hosts.rows import BatchAdapters, Call
 from flora.hosts.vllm.base import VllmBase
-from flora.hosts.vllm.compiled import new_programs
+from flora.hosts.vllm.compiled import compiled_layers
 from flora.hosts.vllm.encoder import Items
 from flora.hosts.vllm.layers import AdaptedLayer, Current, Step
 from flora.hosts.vllm.model import adapt
@@ -78,6 +78,7 @@ class AdapterManager:
         self.layers = adapt(model, self.current, self.items, vllm_config)
         self.base = VllmBase(self.layers)
         self.base.measure_costs(self.settings.backend)
+        self.compiled = compiled_layers(self.layers, self.settings.backend)
         self.bank = AdapterBank(self.base.specs, self.settings.adapter_bytes)
         # While a step runs, no kind may ask for a layer's own product, nor ranks for each other's.
         readable = all(part.weight is not None for part in self.base.parts.values())
@@ -192,7 +193,11 @@ class AdapterManager:
         of = {n: group[identity] for n, identity in identities.items()} | {0: 0}
         units = tuple(of[n] for n in numbers)
         shared = frozenset.intersection(*(self._shared[name] for name in identities.values()))
-        return Step(Call(roster, len(units), 1, units), shared, new_programs(self.layers))
+        laid = None
+        if self.compiled is not None:
+            same = [layer.name in shared for layer in self.layers if layer.compiled is not None]
+            laid = self.compiled.step(units, same)
+        return Step(Call(roster, len(units), 1, units), shared, laid)
 
     def _roster_with(self, identities: set[str]) -> BatchAdapters:
         """These adapters, and others that late steps used: what layers have of them stays the same.
@@ -204,12 +209,16 @@ class AdapterManager:
             others = [r.identity for r in self.bank.residents if r.identity not in identities]
             names = (None, *others[-self.slots :], *sorted(identities))
             self._roster = BatchAdapters(names, self.bank.factors)
+            if self.compiled is not None:
+                self.compiled.lay(self.bank.lay(names), len(names))
         return self._roster
 
     def _disband(self) -> None:
         """Forget what was prepared of the roster, and so give its pages back to the bank."""
         self._roster = self.current.step = self.items.step = None
         self._steps.clear()
+        if self.compiled is not None:
+            self.compiled.forget()
 
     def _hold(self, identities: set[str]) -> None:
         """Keep these from being evicted, and no longer those of the last step."""

@@ -79,7 +79,7 @@ def adapt(
             method.apply = _direct(layer)
         else:
             context[f"{name}.{SUFFIX}"] = layer
-            layer.compiled = compiled_layer(layer, f"{name}.{SUFFIX}", len(layers), OPERATOR)
+            layer.compiled = compiled_layer(layer, f"{name}.{SUFFIX}", OPERATOR)
             if layer.compiled is not None:
                 method.apply = without_python(layer.compiled)
             else:

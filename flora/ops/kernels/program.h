@@ -5,6 +5,7 @@
 #include "product.h"
 #include "rows.h"
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <stdexcept>
@@ -15,38 +16,77 @@ namespace {
 
 constexpr int64_t kScratch = 1 << 26;  // bytes that a thread keeps for one use
 
-// What a layer adds to its product, or one of some merged layers to its columns.
+// The rows of a step, for layers in which its adapters have as many pages: `Table` in table.py.
+struct Batch {
+  const Row* rows;
+  int64_t S, N;
+  int64_t copies;     // of all their tokens
+  int64_t scaled;     // whether pages scale copies
+  int64_t in_order;   // whether each row has one copy, in its own place
+  int64_t adds;       // whether an adapter adds to a product
+  int64_t modulated;  // whether W0 is modulated for some, which no program does
+};
+
+// What adapters do to a layer, or to one of some merged ones.
 struct Part {
-  const Job* job;
-  const Product* product;  // its own, where the layers are not taken as a whole
+  Job job;                          // of a batch that is not named yet
+  const Product* product;           // its own; null: it has none but the merged layers'
   const void* bias;
-  int64_t copies;          // of which that product is
-  int64_t expands;
-  int64_t first;           // bytes from the first of all columns to its own
+  int64_t first;                    // bytes from the first of all columns to its own
+  int64_t in_neutral, out_neutral;  // whether all pages of that side are ones
+  int64_t batch;                    // which of a step's
+
+  bool expands(const Batch& of) const { return !of.in_order || (of.scaled && !in_neutral); }
+
+  bool contracts(const Batch& of) const {
+    return !of.in_order || (of.scaled && !out_neutral) || of.adds || bias;
+  }
 };
 
-// A layer in one batch.
-struct Program {
-  const Job* job;          // the first part's, which says of all what rows there are
-  const Product* product;  // of the layer as a whole; null: each part has its own
-  int64_t out;
-  int64_t copies;          // of which the product is
-  int64_t expands;         // whether the job makes these; else they are x
-  int64_t in_place;        // whether the product is y
-  int64_t untouched;       // whether no adapter of the batch touches the layer
-  int64_t count;
-  const Part* parts;
-
-  int64_t rows() const { return job->S * job->N; }
+// A step, in all layers.
+struct Laid {
+  const Batch* batches;
+  const bool* shared;  // of each layer whether its parts have the same copies
 };
 
-// A layer of a model, and the programs of the batch that runs on it; null: one without adapters.
+// A layer of a model, and the step that runs on it; null: one without adapters.
 struct Layer {
-  const Program* const* const* programs;
+  const Laid* const* step;
   int64_t number;
   const Product* product;
-  const char* python;  // the operator that makes a program, or does without one
+  const Part* parts;
+  int64_t count, out;
+  const char* python;  // the operator that does without a program
   const char* name;    // that this knows the layer by
+
+  template <typename Of>
+  bool any(const Laid& of, const Of& is) const {
+    return std::any_of(parts, parts + count,
+                       [&](const Part& part) { return is(part, of.batches[part.batch]); });
+  }
+
+  bool is_touched(const Laid& of) const {
+    return any(of, [](const Part& part, const Batch& batch) {
+      return part.expands(batch) || batch.scaled || batch.adds || batch.modulated;
+    });
+  }
+
+  // Whether all parts go through the merged product.
+  bool is_whole(const Laid& of) const {
+    return of.shared[number] || !any(of, [](const auto& part, const auto& batch) {
+      return part.expands(batch);
+    });
+  }
+
+  bool takes(const Laid& of, const Tensor& x) const {
+    int32_t type;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+    const bool whole = is_whole(of);
+    return !any(of, [&](const Part& part, const Batch& batch) {
+      return batch.modulated || !(whole || part.product) || type != kNumbers[part.job.dtype] ||
+             x.numel() != batch.S * batch.N * part.job.I;
+    });
+  }
 };
 
 // Memory for one use until the next: what is new takes longer to get than to fill.
@@ -63,58 +103,67 @@ inline char* at(const Tensor& tensor, int64_t bytes) {
   return static_cast<char*>(tensor.data_ptr()) + bytes;
 }
 
-// y of contiguous x, its tokens in whatever shape.
-Tensor run(const Program& program, const Tensor& x) {
-  const int64_t tokens = program.rows(), dtype = program.job->dtype;
+// y of contiguous x that the layer takes, its tokens in whatever shape.
+Tensor run(const Layer& layer, const Laid& step, const Tensor& x) {
   const auto shape = x.sizes();
   std::vector<int64_t> sizes(shape.begin(), shape.end());
-  sizes.back() = program.out;
+  sizes.back() = layer.out;
+  const int64_t dtype = layer.parts->job.dtype;
   const Tensor y = empty(sizes, kNumbers[dtype]);
-  const auto expanded = [&](bool expands, const Job& job, int64_t copies) {
-    if (!expands) return matrix(x.data_ptr(), tokens, job.I, job.I, dtype);
-    const Tensor to = scratch<0>(copies, job.I, dtype);
-    expand(job, x.data_ptr(), to.data_ptr());
-    return to;
+  // Of what the copies of a part are, the product with them.
+  const auto multiply = [&](const Product& product, const Part& part, const Batch& batch,
+                            const Job& job, const Tensor& to) {
+    if (!part.expands(batch))
+      return product(matrix(x.data_ptr(), batch.copies, job.I, job.I, dtype), std::nullopt, to);
+    const Tensor copies = scratch<0>(batch.copies, job.I, dtype);
+    expand(job, x.data_ptr(), copies.data_ptr());
+    product(copies, std::nullopt, to);
   };
-  std::optional<Tensor> whole;
-  if (program.product) {
-    whole = program.in_place ? matrix(y.data_ptr(), tokens, program.out, program.out, dtype)
-                             : scratch<1>(program.copies, program.out, dtype);
-    (*program.product)(expanded(program.expands, *program.job, program.copies), std::nullopt, *whole);
-  }
-  for (const Part *part = program.parts, *end = part + program.count; part != end; ++part) {
-    const Job& job = *part->job;
-    const Tensor product = whole ? *whole : scratch<1>(part->copies, job.O, dtype);
-    if (!whole) (*part->product)(expanded(part->expands, job, part->copies), std::nullopt, product);
-    contract(job, at(product, whole ? part->first : 0), x.data_ptr(), part->bias, at(y, part->first));
+  const bool whole = layer.is_whole(step);
+  const bool in_place = whole && !layer.any(step, [](const Part&, const Batch& batch) {
+    return !batch.in_order;
+  });
+  std::optional<Tensor> product;
+  for (const Part *part = layer.parts, *end = part + layer.count; part != end; ++part) {
+    const Batch& batch = step.batches[part->batch];
+    Job job = part->job;
+    job.rows = batch.rows, job.S = batch.S, job.N = batch.N;
+    job.y_stride = layer.out, job.product_stride = whole ? layer.out : job.O;
+    if (!whole || !product) {
+      product = in_place ? matrix(y.data_ptr(), batch.copies, layer.out, layer.out, dtype)
+                         : scratch<1>(batch.copies, job.product_stride, dtype);
+      multiply(whole ? *layer.product : *part->product, *part, batch, job, *product);
+    }
+    if (!in_place || part->contracts(batch))
+      contract(job, at(*product, whole ? part->first : 0), x.data_ptr(), part->bias, at(y, part->first));
   }
   return y;
 }
 
-Tensor run_program(int64_t at, const Tensor& x) {
-  const Program& program = *reinterpret_cast<const Program*>(at);
-  const Job& job = *program.job;
-  if (x.numel() != program.rows() * job.I || x.scalar_type() != kTypes[job.dtype])
+// The same, by the addresses of a layer and of a step.
+Tensor run_program(int64_t layer_at, int64_t step_at, const Tensor& x) {
+  const Layer& layer = *reinterpret_cast<const Layer*>(layer_at);
+  const Laid& step = *reinterpret_cast<const Laid*>(step_at);
+  if (!layer.takes(step, x))
     throw std::invalid_argument("a prepared layer was given x of another shape or type");
-  return run(program, x.is_contiguous() ? x : torch::stable::contiguous(x));
+  return run(layer, step, x.is_contiguous() ? x : torch::stable::contiguous(x));
 }
 
-// A layer in compiled code. Python is asked where its program is not made yet, or there can be none.
+// A layer in compiled code. Python is asked for what no program does.
 Tensor linear(const Tensor& given, const std::optional<Tensor>& bias, const Tensor& layer,
               int64_t out) {
   const Layer& own = **static_cast<const Layer* const*>(layer.data_ptr());
-  const Program* const* programs = *own.programs;
-  const Program* program = programs ? programs[own.number] : nullptr;
+  const Laid* step = *own.step;
   if (given.dim() == 2) {
     const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
-    if (!programs || (program && program->untouched)) {
+    if (!step || !own.is_touched(*step)) {
       int32_t type;
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
       const Tensor y = empty({x.size(0), out}, type);
       (*own.product)(x, bias, y);
       return y;
     }
-    if (program && program->rows() == x.size(0)) return run(*program, x);
+    if (own.takes(*step, x)) return run(own, *step, x);
   }
   using torch::stable::detail::from;
   std::array<StableIValue, 4> stack{from(given), from(bias), from(std::string(own.name)), from(out)};

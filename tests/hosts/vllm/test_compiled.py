@@ -24,7 +24,8 @@ import vllm._custom_ops
 from torch import nn
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from flora.hosts.vllm.compiled import product_of
-from flora.ops.program import CompiledLayer, Product, Running
+from flora.ops.compiled_layers import CompiledLayer, CompiledLayers, Running, Slice
+from flora.ops.program import Product
 
 def known(out, in_, dtype):
     dtype = getattr(torch, dtype)
@@ -37,7 +38,9 @@ def known(out, in_, dtype):
     biased = product_of(lambda x: layer.cpu_linear(x, layer.weight, layer.bias), in_, dtype)
     if isinstance(more, Product) or isinstance(biased, Product):
         return "what is more than a product is taken for one"
-    compiled = CompiledLayer(Running(), 0, product, "none", "layer", out)
+    slices = [Slice("layer", in_, out, None, None, None)]
+    compiled = CompiledLayer(Running(), product, slices, dtype, "none", "layer")
+    CompiledLayers([compiled], "cpu")
     x = torch.randn(5, in_, dtype=dtype)
     for bias in (None, layer.bias):
         y = compiled(x, bias)
@@ -53,7 +56,10 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from flora.hosts.vllm.layers import AdaptedLayer
+from flora.ops import costs
+from flora.ops.plan import WEIGHT_SIDE
 
+costs.layer_costs = lambda *_, **__: WEIGHT_SIDE
 model, *folders = sys.argv[1:]
 llm = LLM(model, dtype="float32", skip_tokenizer_init=True, max_model_len=128, enforce_eager=True,
           enable_lora=True, enable_prefix_caching=False, disable_log_stats=True)
@@ -64,11 +70,12 @@ def count(self, x, bias):
     return call(self, x, bias)
 
 AdaptedLayer.__call__ = count
-prompts = [{"prompt_token_ids": [3, 4, 5]} for _ in range(3)]
+prompts = [{"prompt_token_ids": [3, 4, 5] * n} for n in (1, 1, 12)]
 sampling = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, detokenize=False)
-mixed = [None, *(LoRARequest(f, n, f) for n, f in enumerate(folders, 1))]
+one, lora, many = (LoRARequest(f, n, f) for n, f in enumerate(folders, 1))
 found = []
-for requests in ([None] * 3, mixed, mixed[::-1]):
+mixes = [None] * 3, [None, one, lora], [lora, None, one], [one, lora, many]
+for requests in (*mixes, mixes[-1]):
     asked.clear()
     llm.generate(prompts, sampling, lora_request=requests, use_tqdm=False)
     found.append(list(asked))
@@ -91,13 +98,14 @@ def test_vllms_products_are_known():
     assert run(FOUND, json.dumps(cases)) == ["Product"] * len(cases)
 
 
-def test_python_is_asked_once_for_each_mix(tmp_path):
+def test_python_is_asked_for_prompts_whose_weight_is_modulated(tmp_path):
     model = zoo.build("Llama", **HEADS)
     model.save_pretrained(tmp_path / "model")
-    names = ["flora1", "lora"]  # of one pair: for none of them W0 is modulated
+    names = ["flora1", "lora", "flora3"]
     for seed, name in enumerate(names):
         zoo.make_adapter(name, model, tmp_path / name, seed=seed)
-    none, _, mixed = run(ASKED, tmp_path / "model", *(tmp_path / name for name in names))
-    assert none == []
-    # Once the adapters are read: three prompts of three tokens, and then steps of a token each.
-    assert mixed == [9, 3]
+    *others, _, modulated = run(ASKED, tmp_path / "model", *(tmp_path / name for name in names))
+    assert others == [[], [], []]
+    layers = 4 * model.config.num_hidden_layers
+    # Once all adapters are read: by three prompts at once, and by no step of a token each.
+    assert modulated == [42] * layers
