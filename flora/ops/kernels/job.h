@@ -57,7 +57,7 @@ struct Scale {
   const at::BFloat16* offsets;
   float center;
 
-  Step at(int64_t i, int64_t count) const {
+  C10_ALWAYS_INLINE Step at(int64_t i, int64_t count) const {
     if (exact) return load(exact + i, count);
     const Step off = load(offsets + i, count);
     return {Lanes(center) + off.low, Lanes(center) + off.high};

@@ -23,7 +23,7 @@ struct Step {
 
 // `count` numbers, kStep but at the end of a row, where zeros fill up.
 template <typename T>
-inline Step load(const T* from, int64_t count) {
+C10_ALWAYS_INLINE Step load(const T* from, int64_t count) {
   if constexpr (std::is_same_v<T, float>) {
     if (count == kStep) return {Lanes::loadu(from), Lanes::loadu(from + kLanes)};
     if (count <= kLanes) return {Lanes::loadu(from, count), Lanes(0)};
@@ -37,7 +37,7 @@ inline Step load(const T* from, int64_t count) {
 }
 
 template <typename T>
-inline void store(T* to, const Step& step, int64_t count) {
+C10_ALWAYS_INLINE void store(T* to, const Step& step, int64_t count) {
   if constexpr (std::is_same_v<T, float>) {
     step.low.store(to, std::min(count, kLanes));
     if (count > kLanes) step.high.store(to + kLanes, count - kLanes);
@@ -52,14 +52,14 @@ inline void store(T* to, const Step& step, int64_t count) {
   }
 }
 
-inline void add_product(Step& sum, const Step& a, const Step& b) {
+C10_ALWAYS_INLINE void add_product(Step& sum, const Step& a, const Step& b) {
   sum.low = at::vec::fmadd(a.low, b.low, sum.low);
   sum.high = at::vec::fmadd(a.high, b.high, sum.high);
 }
 
 // A row's factors are mostly read by no other row: so ask early for the pages that come next.
 template <typename T>
-inline void fetch(const T* from) {
+C10_ALWAYS_INLINE void fetch(const T* from) {
   for (int64_t byte = 0; byte < kStep * int64_t(sizeof(T)); byte += kLine)
     __builtin_prefetch(reinterpret_cast<const char*>(from) + byte, 0, 2);
 }

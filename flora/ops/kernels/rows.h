@@ -13,16 +13,23 @@ namespace {
 constexpr int64_t kTokens = 4;  // of one row, which share what is loaded of its factors
 constexpr int64_t kRanks = 8;   // which a row adds in one visit
 
+// The page to ask for early while page `copy` of a row is read: that of the row ahead.
+inline int64_t page_ahead(const Row& row, const Row& ahead, int64_t copy) {
+  if (ahead.first_page < 0) return row.first_page + copy;
+  return ahead.first_page + std::min<int64_t>(copy, ahead.copies - 1);
+}
+
 template <typename T>
-void expand_token(const T* x, const Scales& pages, const Row& row, T* out,
+void expand_token(const T* x, const Scales& pages, const Row& row, const Row& ahead, T* out,
                   int64_t stride, int64_t I) {
   for (int64_t copy = 0; copy < row.copies; ++copy, out += stride) {
     if (row.first_page < 0) {
       std::copy_n(x, I, out);
       continue;
     }
-    const Scale b = pages[row.first_page + copy];
+    const Scale b = pages[row.first_page + copy], next = pages[page_ahead(row, ahead, copy)];
     each_step(I, [&](int64_t i, int64_t n) {
+      next.fetch_at(i);
       const Step s = load(x + i, n), f = b.at(i, n);
       store(out + i, Step{s.low * f.low, s.high * f.high}, n);
     });
@@ -49,12 +56,13 @@ struct Factor<at::BFloat16> {
 };
 #endif
 
-// V x for K ranks from page `first` on, and N tokens: hidden[token * rank + k].
+// V x for K ranks from page `first` on, and N tokens: hidden[token * rank + k]. Pages from `ahead` on
+// are asked for early.
 template <int64_t N, int64_t K, typename T>
-void shrink(const T* x, const Pages<T>& down, int64_t first, float* hidden, int64_t rank,
-            int64_t I) {
+void shrink(const T* x, const Pages<T>& down, int64_t first, int64_t ahead, float* hidden,
+            int64_t rank, int64_t I) {
   const T *own[K], *next[K];
-  for (int64_t k = 0; k < K; ++k) own[k] = down[first + k], next[k] = down[first + k + K];
+  for (int64_t k = 0; k < K; ++k) own[k] = down[first + k], next[k] = down[ahead + k];
   Step sums[N][K];
   for (auto& token : sums)
     for (auto& sum : token) sum = {Lanes(0), Lanes(0)};
@@ -71,6 +79,11 @@ void shrink(const T* x, const Pages<T>& down, int64_t first, float* hidden, int6
     for (int64_t k = 0; k < K; ++k) hidden[t * rank + k] = total(sums[t][k]);
 }
 
+// The page of a row's k-th rank, or of those of the row ahead that come behind its last.
+inline int64_t rank_after(const Row& row, const Row& ahead, int64_t k) {
+  return k < row.rank ? row.first_rank + k : ahead.first_rank + k - row.rank;
+}
+
 template <typename T>
 struct Contraction {
   const T *product, *x, *own_bias;
@@ -79,26 +92,31 @@ struct Contraction {
   T* y;
   int64_t N, I, O, product_stride, y_stride;
 
-  // Tokens of row s, from its token `first` on.
+  // Tokens of row s, from its token `first` on; the row `ahead` is the next to come.
   template <int64_t Tokens>
-  void run(const Row row, int64_t s, int64_t first) const {
+  void run(const Row row, const Row ahead, int64_t s, int64_t first) const {
     thread_local std::vector<float> hidden, sums;
     thread_local std::vector<Scale> scales;
     scales.clear();
-    if (row.first_page >= 0)
-      for (int64_t copy = 0; copy < 2 * row.copies; ++copy) scales.push_back(a[row.first_page + copy]);
+    if (row.first_page >= 0) {
+      for (int64_t copy = 0; copy < row.copies; ++copy) scales.push_back(a[row.first_page + copy]);
+      for (int64_t copy = 0; copy < row.copies; ++copy)
+        scales.push_back(a[page_ahead(row, ahead, copy)]);
+    }
     hidden.resize(Tokens * row.rank);
     const T* in = x + (s * N + first) * I;
     constexpr int64_t K = Tokens == 1 ? 4 : 2;
     int64_t k = 0;
     for (; k + K <= row.rank; k += K)
-      shrink<Tokens, K>(in, down, row.first_rank + k, hidden.data() + k, row.rank, I);
+      shrink<Tokens, K>(in, down, row.first_rank + k, rank_after(row, ahead, k + K),
+                        hidden.data() + k, row.rank, I);
     for (; k < row.rank; ++k)
-      shrink<Tokens, 1>(in, down, row.first_rank + k, hidden.data() + k, row.rank, I);
+      shrink<Tokens, 1>(in, down, row.first_rank + k, rank_after(row, ahead, k + 1),
+                        hidden.data() + k, row.rank, I);
 
     // Some ranks at a time, as their pages then come from memory one behind the other.
     if (row.rank > kRanks) sums.resize(Tokens * O);
-    const Span<Tokens> own{row, product + (row.first_copy * N + first) * product_stride,
+    const Span<Tokens> own{row, ahead, product + (row.first_copy * N + first) * product_stride,
                            scales.empty() ? nullptr : scales.data(), hidden.data(), sums.data(),
                            y + (s * N + first) * y_stride};
     if (row.rank <= kRanks) return add<true, true>(own, 0, row.rank);
@@ -110,7 +128,7 @@ struct Contraction {
 
   template <int64_t>
   struct Span {
-    Row row;
+    Row row, ahead;
     const T* product;     // of its first copy
     const Scale* scales;  // of its copies, and as many that come next; null: unscaled
     const float* hidden;
@@ -123,8 +141,10 @@ struct Contraction {
   template <bool First, bool Last, int64_t Tokens>
   void add(const Span<Tokens> own, int64_t r, int64_t end) const {
     const T *pages[kRanks], *next[kRanks];
-    const int64_t first = own.row.first_rank + r;
-    for (int64_t k = 0; r + k < end; ++k) pages[k] = up[first + k], next[k] = up[first + end - r + k];
+    for (int64_t k = 0; r + k < end; ++k) {
+      pages[k] = up[own.row.first_rank + r + k];
+      next[k] = up[rank_after(own.row, own.ahead, end + k)];
+    }
     each_step(O, [&](int64_t o, int64_t n) {
       Step sum[Tokens];
       if constexpr (First) {
@@ -148,7 +168,7 @@ struct Contraction {
   }
 
   template <int64_t Tokens>
-  void add_copies(Step (&sum)[Tokens], const Span<Tokens>& own, int64_t o, int64_t n) const {
+  C10_ALWAYS_INLINE void add_copies(Step (&sum)[Tokens], const Span<Tokens>& own, int64_t o, int64_t n) const {
     const Row& row = own.row;
     const T* bias = row.bias < 0 ? own_bias : biases[row.bias];
     const Step start = bias ? load(bias + o, n) : Step{Lanes(0), Lanes(0)};
@@ -175,8 +195,9 @@ void expand(const Job& job, const void* x, void* to) {
     parallel_for(job.S * N, I, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
         const Row& row = job.rows[token / N];
+        const Row& ahead = job.rows[std::min(token + 1, end - 1) / N];
         T* copies = static_cast<T*>(to) + (row.first_copy * N + token % N) * I;
-        expand_token(static_cast<const T*>(x) + token * I, pages, row, copies, N * I, I);
+        expand_token(static_cast<const T*>(x) + token * I, pages, row, ahead, copies, N * I, I);
       }
     });
   });
@@ -212,13 +233,13 @@ void contract(const Job& job, const void* product, const void* x, const void* bi
       for (int64_t block = begin; block < end; ++block) {
         const Row& row = job.rows[block / blocks];
         const int64_t s = block / blocks, first = block % blocks * kTokens;
-        if (first + kTokens <= N) {
-          part.template run<kTokens>(row, s, first);
-        } else if (N == 1 && block + kTokens <= end && alike(&row)) {
-          part.template run<kTokens>(row, s, first);
-          block += kTokens - 1;
+        const bool together = N == 1 && block + kTokens <= end && alike(&row);
+        if (together) block += kTokens - 1;
+        const Row& ahead = job.rows[std::min(block + 1, end - 1) / blocks];
+        if (together || first + kTokens <= N) {
+          part.template run<kTokens>(row, ahead, s, first);
         } else {
-          for (int64_t token = first; token < N; ++token) part.template run<1>(row, s, token);
+          for (int64_t token = first; token < N; ++token) part.template run<1>(row, ahead, s, token);
         }
       }
     });
