@@ -70,7 +70,6 @@ class PreparedLinear:
             self.segments = table.segments.tolist()
         T = len(table.copies)
         self.copies_shape, self.product_shape, self.y_shape = (T, N, I), (T, N, O), (S, N, O)
-        self.count = T * N
         self.pure = operands.pure
         self.weight = weight_OI.contiguous() if weight_OI is not None and self.segments else None
         # What a black box returns may be its own.
