@@ -18,11 +18,11 @@ from flora.adapters.core import Adapter, LayerFactors
 from flora.errors import InvalidAdapterError, OutOfBudgetError, UnknownAdapterError
 from flora.ops.factors import BatchFactors, LayersPages, Pages, centered
 
+Lent = TypeVar("Lent", Pages, LayersPages)
+
 RESERVE = {"cpu": 2.0}
 """A full pool moves to where it has so many times the room that it needs, by the device: a CPU's
 memory is only taken as it is written to."""
-
-Lent = TypeVar("Lent", Pages, LayersPages)
 
 TIGHT = 1.04
 """The same where memory is taken at once: little of it idle, few moves."""

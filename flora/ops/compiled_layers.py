@@ -117,16 +117,10 @@ class LaidStep:
     modulated: of each layer, by its number, whether W0 is modulated in it, which Python does.
     """
 
-    def __init__(
-        self,
-        batches: Sequence[Batch],
-        shared: np.ndarray,
-        modulated: np.ndarray,
-        tables: Sequence[Table],
-    ) -> None:
-        laid = (Batch * len(batches))(*batches)
-        self._own = Laid(batches=addressof(laid), shared=shared.ctypes.data)
-        self._kept, self.modulated = (laid, shared, tables), modulated
+    def __init__(self, tables: Sequence[Table], shared: np.ndarray, modulated: np.ndarray) -> None:
+        batches = (Batch * len(tables))(*(Batch.of(table, 1) for table in tables))
+        self._own = Laid(batches=addressof(batches), shared=shared.ctypes.data)
+        self._kept, self.modulated = (tables, batches, shared), modulated
         self.at = addressof(self._own)
 
 
@@ -225,9 +219,5 @@ class CompiledLayers:
         """
         tables = [own.table(rows, self.backend) for own in self._sizes]
         modulated = np.array([table.segments is not None for table in tables])[self._parts["batch"]]
-        return LaidStep(
-            [Batch.of(table, 1) for table in tables],
-            self._alone | (self._alike & np.array(same_input)),
-            np.logical_or.reduceat(modulated, self._firsts),
-            tables,
-        )
+        shared = self._alone | (self._alike & np.array(same_input))
+        return LaidStep(tables, shared, np.logical_or.reduceat(modulated, self._firsts))

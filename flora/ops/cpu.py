@@ -61,8 +61,8 @@ class PreparedLinear:
         self.job, self.base, weight_OI = job, operands.base, operands.weight
         table, (S, N, I), O = job.table, job.x_shape, job.out_features  # noqa: E741
         self.job_at, self.bias_at = job.at, job.bias_at
-        plan, (in_neutral, out_neutral) = operands.plan, job.pools.neutral
-        added = plan.additive or plan.bias is not None or job.bias is not None
+        in_neutral, out_neutral = job.pools.neutral
+        added = table.adds or job.bias is not None
         self.expands = not (table.in_order and (in_neutral or not table.scaled))
         self.contracts = not (table.in_order and (out_neutral or not table.scaled) and not added)
         self.segments: list[list[int]] = []
