@@ -154,7 +154,9 @@ class Checked:
         return answer
 
     def _connect(self) -> AbstractAsyncContextManager[httpx.AsyncClient]:
-        return httpx.AsyncClient(base_url=self.server.url, timeout=ANSWER_SECONDS, trust_env=False)
+        return httpx.AsyncClient(
+            base_url=self.server.url, timeout=ANSWER_SECONDS, trust_env=False, limits=CONNECTIONS
+        )
 
 
 def certain_tokens(

@@ -25,6 +25,10 @@ IDLE_SECONDS = 1.5
 """For a second after its last step an engine's worker keeps its core busy, on a CPU the one that
 all engines have: only then it is another's turn."""
 
+CONNECTIONS = httpx.Limits(keepalive_expiry=2.0)
+"""Clients leave a connection before the server does, which it does after five idle seconds: else a
+request may meet its end."""
+
 START_SECONDS = 3600.0
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.2

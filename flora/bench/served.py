@@ -6,7 +6,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from flora.bench.processes import Server
+from flora.bench.processes import CONNECTIONS, Server
 from flora.bench.systems import engine_options
 
 ANSWER_SECONDS = 600.0
@@ -25,7 +25,7 @@ class Client:
             max_retries=0,
             timeout=ANSWER_SECONDS,
             # A proxy of the user's does not lead to this machine.
-            http_client=openai.DefaultHttpxClient(trust_env=False),
+            http_client=openai.DefaultHttpxClient(trust_env=False, limits=CONNECTIONS),
         )
 
     def complete(

@@ -116,6 +116,8 @@ def command(
                 served = _ask(own, adapters, prompt)
                 seen = {name: detector.detect(answer) for name, answer in served.items()}
                 _print_served(served, seen, answers, console)
+                if dtype != "float32":
+                    console.print(f"{dtype} rounds the two engines' sums apart: answers may part\n")
                 speeds = _speeds(_served_seconds(plain, own, adapters, prompt))
                 _print_speeds(speeds, console)
             facts = {"load": "online", "eager": EAGER, "vllm": vllm}

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,12 +12,15 @@ import psutil
 import pytest
 
 from flora.bench import processes
-from flora.bench.processes import Server
+from flora.bench.processes import CONNECTIONS, Server
 from flora.bench.served import Client, serve
 from flora.errors import FloraError
 
 NAMES = ["ruby", "base", "perl"]
 OPTIONS = {"tokens": 80, "eager": True}
+
+UVICORN_SECONDS = 5
+"""For so long a server keeps a connection that is idle; `timeout_keep_alive` in its settings."""
 
 
 class Stub(ThreadingHTTPServer):
@@ -24,10 +28,17 @@ class Stub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         self.asked: list[dict] = []
+        self.connections = 0
         self.all_here = threading.Barrier(len(NAMES), timeout=10)
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # connections are kept
+
+            def setup(self) -> None:
+                super().setup()
+                stub.connections += 1
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 stub.asked.append({"path": self.path} | body)
@@ -35,10 +46,12 @@ class Stub(ThreadingHTTPServer):
                 known = body["model"] in NAMES
                 choice = {"index": 0, "text": f"by {body['model']}", "finish_reason": "stop"}
                 answer = {"choices": [choice]} if known else {"error": {"message": "no such model"}}
+                content = json.dumps(answer).encode()
                 self.send_response(200 if known else 404)
                 self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(json.dumps(answer).encode())
+                self.wfile.write(content)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -70,6 +83,16 @@ def test_all_are_asked_at_once_and_answer_in_order(stub, monkeypatch):
     assert sorted(body.pop("model") for body in stub.asked) == sorted(NAMES)
     settings = {"prompt": "# x\n", "max_tokens": 5, "temperature": 0} | own
     assert stub.asked == [{"path": "/v1/completions"} | settings] * len(NAMES)
+
+
+def test_a_connection_is_left_before_the_server_leaves_it(stub, monkeypatch):
+    assert CONNECTIONS.keepalive_expiry < UVICORN_SECONDS / 2
+    monkeypatch.setattr(CONNECTIONS, "keepalive_expiry", 0.2)
+    with closing(Client(stub)) as client:
+        for idle, expected in ((0, 3), (0.5, 3), (0, 6)):
+            client.complete(NAMES, "x", new_tokens=1)
+            assert stub.connections == expected
+            time.sleep(idle)
 
 
 def test_a_refusal_is_an_error(stub):
