@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from flora.bench.processes import Server
+from flora.bench.processes import CONNECTIONS, Server
 
 ANSWER_SECONDS = 600.0
 
