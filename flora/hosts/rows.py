@@ -57,6 +57,7 @@ class Call:
     rows, columns: the forward's shape; no columns where encoder and decoder have their own.
     units: rows, or rows x columns.
     prepared: layers by what their host calls them, kept for the next forward of the same shape.
+    steps: what is laid for layers that run without Python, by units and the tokens of each.
     graphs: x and y of layers that compiled code ran, by number, until their backward.
     """
 
@@ -65,6 +66,7 @@ class Call:
     columns: int
     units: tuple[int, ...]
     prepared: dict[Hashable, PreparedLayer] = field(default_factory=dict)
+    steps: dict[Hashable, Any] = field(default_factory=dict)
     graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -24,10 +24,20 @@ from flora.bank import AdapterBank
 from flora.base import BaseLayer, ModelBase, plain_weight
 from flora.errors import ShapeError, UsageError
 from flora.hosts import opaque, whisper
-from flora.hosts.rows import BASE, Batch, Call, Generation, PreparedLayer, RowAdapter, make_batch
-from flora.ops import get_backend
+from flora.hosts.programs import LaidBatch, Programs
+from flora.hosts.rows import (
+    BASE,
+    Batch,
+    BatchAdapters,
+    Call,
+    Generation,
+    PreparedLayer,
+    RowAdapter,
+    make_batch,
+)
+from flora.ops import Linear, get_backend
 from flora.ops.adapted_linear import prepare
-from flora.ops.factors import BaseProduct, BatchFactors, WeightProduct
+from flora.ops.factors import BaseProduct, BatchFactors, LayersPages, WeightProduct
 from flora.store import fetch
 
 HOST = "_flora_host"
@@ -124,6 +134,9 @@ class FactorSource(Protocol):
     def factors(self, module: str, names: tuple[str | None, ...]) -> BatchFactors | None:
         """A layer's factors for the adapters of these names; None where none touches it."""
 
+    def lay(self, names: tuple[str | None, ...]) -> Sequence[LayersPages] | None:
+        """The pages of these adapters in all layers; None where they lie in no pages."""
+
     def trained(self, module: str) -> list[Tensor]:
         """What is trained of a layer's factors: the same tensors in the same order each time."""
 
@@ -155,8 +168,13 @@ class ResidentAdapters:
                 self.bank.unload(resident.identity)
 
     def factors(self, module: str, names: tuple[str | None, ...]) -> BatchFactors | None:
-        identities = [None if name is None else self.identities[name] for name in names]
-        return self.bank.factors(module, identities)
+        return self.bank.factors(module, self._identities(names))
+
+    def lay(self, names: tuple[str | None, ...]) -> Sequence[LayersPages]:
+        return self.bank.lay(self._identities(names))
+
+    def _identities(self, names: tuple[str | None, ...]) -> list[str | None]:
+        return [None if name is None else self.identities[name] for name in names]
 
     def trained(self, module: str) -> list[Tensor]:  # noqa: ARG002
         return []
@@ -182,6 +200,7 @@ class Host:
         self.checkpointing = False
         self._replayed: Call | None = None
         self._generating: Generation | None = None
+        self._programs: Programs | None = None
         self.base = ModelBase(model)
         config = getattr(model, "config", None)
         self._is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
@@ -292,19 +311,20 @@ class Host:
         call = batch.call(rows, columns, first)
         return None if batch.only_base else call
 
-    def prepare(self, layer: "AdaptedLayer", x: Tensor, call: Call) -> PreparedLayer:
-        """A layer in a call without gradients, and with it all others that take the same tokens.
+    def laid(self, adapters: BatchAdapters) -> LaidBatch | None:
+        """A batch's adapters in the layers that run without Python; None where there are none."""
+        if HOST not in adapters.kept:
+            adapters.kept[HOST] = self._lay(adapters.names)
+        laid: LaidBatch | None = adapters.kept[HOST]
+        return laid
 
-        One after the other each would find its Python swept from the caches by the last product.
-        """
-        leading, prepared = x.shape[:-1], layer.prepare(x, call)
-        layer.takes_all = leading == (call.rows, call.columns)
-        if layer.takes_all:
-            for other in self.layers.values():
-                spec, known = self.base.specs[other.name], other.handle in call.prepared
-                if other.takes_all and not known and spec.device == x.device:
-                    other.prepare(x.new_empty(*leading, spec.in_features), call)
-        return prepared
+    def _lay(self, names: tuple[str | None, ...]) -> LaidBatch | None:
+        pages = self.source.lay(names)
+        if pages is None:
+            return None
+        if self._programs is None or not self._programs.are_current:
+            self._programs = Programs(self.base, self.backend)
+        return self._programs.lay(pages, len(names))
 
     def _replay_in_backward(self, output: Any, call: Call | None) -> None:
         """Set the call again when a backward comes through: checkpointed layers run once more."""
@@ -385,8 +405,6 @@ class AdaptedLayer:
         self.device_type = host.base.specs[name].device.type
         self.trained = host.source.trained(name)
         self.handle = opaque.register(self)
-        # Whether it last ran on all tokens of a call, and no others.
-        self.takes_all = False
         self._known: WeightProduct | None = None
         self.forward = self._make_forward()
 
@@ -394,10 +412,25 @@ class AdaptedLayer:
         return self.forward(x)
 
     def prepare(self, x: Tensor, call: Call) -> PreparedLayer:
-        """The layer for every x of this shape and type in this call."""
-        prepared = PreparedLayer(x.shape, x.dtype, self._prepare(x, call))
+        """The layer for every x of this shape and type in this call, without gradients."""
+        linear = self._program(x, call) or self._prepare(x, call)
+        prepared = PreparedLayer(x.shape, x.dtype, linear)
         call.prepared[self.handle] = prepared
         return prepared
+
+    def _program(self, x: Tensor, call: Call) -> Linear | None:
+        """The same without Python, where the layer has a program for such x."""
+        laid = self.host.laid(call.adapters)
+        layer = None if laid is None else laid.layers.get(self.name)
+        if laid is None or layer is None or x.dtype is not layer.dtype:
+            return None
+        if not laid.adapters.touched[layer.number]:
+            return self.base.forward
+        units, x_SNI = self._units(x, call)
+        sizes = units, x_SNI.shape[1]
+        if sizes not in call.steps:
+            call.steps[sizes] = laid.adapters.step(*sizes)
+        return partial(layer.run, call.steps[sizes])
 
     def _prepare(self, x: Tensor, call: Call) -> Callable[[Tensor], Tensor]:
         """The layer as a function of x, for every x of this shape and type in this call."""
@@ -450,7 +483,7 @@ class AdaptedLayer:
                 return self._prepare(x, call)(x)
             prepared = call.prepared.get(handle)
             if prepared is None or prepared.shape != x.shape or prepared.dtype is not x.dtype:
-                prepared = host.prepare(self, x, call)
+                prepared = self.prepare(x, call)
             return prepared.linear(x)
 
         traced = self._make_traced(torch.compiler.disable(forward))

@@ -66,6 +66,11 @@ def backend_name(name: str, device: torch.device) -> str:
     return chosen
 
 
+def has_programs(name: str, device: torch.device) -> bool:
+    """Whether a backend, or what "auto" stands for, runs layers on a device without Python."""
+    return device.type == "cpu" and backend_name(name, device) == "cpu"
+
+
 @cache
 def get_backend(name: str, device: torch.device) -> Backend:
     """The module of a backend, for "auto" that of `backend_name`.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flora.ops import Linear, Operands, cpu_autograd, eager
-from flora.ops.cpu_kernels import DTYPES, Job, contract, expand, multiply_modulated, scratch
-from flora.ops.factors import BaseProduct
+from flora.ops.cpu_kernels import DTYPES, Job, contract, expand, scratch
+from flora.ops.factors import BaseProduct, WeightProduct
 from flora.ops.program import Program, known_product
 
 SHARED_COPIES = 1 << 24
@@ -31,8 +31,7 @@ def prepare(x_SNI: Tensor, operands: Operands) -> Linear:
     job = Job(x_SNI, operands)
     if operands.plan.grad:
         return partial(cpu_autograd.linear, operands=operands, job=job)
-    linear = PreparedLinear(job, operands)
-    return linear.program() or linear
+    return _program(job, operands) or PreparedLinear(job, operands)
 
 
 def merge(
@@ -46,7 +45,9 @@ def merge(
     """See `Merged.prepare`; None where the kernels do not suit."""
     dtype = x_SNI.dtype
     suits = dtype in DTYPES and all(
-        own.pure and not own.plan.grad and (own.weight is None or own.weight.dtype == dtype)
+        own.pure
+        and not (own.plan.grad or own.plan.weight_side)
+        and (own.weight is None or own.weight.dtype == dtype)
         for own in layers
     )
     if not suits:
@@ -54,26 +55,29 @@ def merge(
     return MergedLinear(x_SNI, base, layers, sizes, same_input=same_input)
 
 
+def _program(job: Job, operands: Operands) -> Program | None:
+    """A layer in one batch without Python; None where only Python knows its product."""
+    product, weight_OI = known_product(operands.base), None
+    if job.table.segments is not None and operands.weight is not None:
+        weight_OI = operands.weight.contiguous()
+        product = product or known_product(WeightProduct(weight_OI))
+    return None if product is None else Program(job, product, weight_OI)
+
+
 class PreparedLinear:
-    """A layer in one batch without gradients."""
+    """A layer in one batch without gradients, around a product that only Python knows."""
 
     def __init__(self, job: Job, operands: Operands) -> None:
-        self.job, self.base, weight_OI = job, operands.base, operands.weight
+        self.job, self.base, self.pure = job, operands.base, operands.pure
         table, (S, N, I), O = job.table, job.x_shape, job.out_features  # noqa: E741
         self.job_at, self.bias_at = job.at, job.bias_at
         in_neutral, out_neutral = job.pools.neutral
         added = table.adds or job.bias is not None
         self.expands = not (table.in_order and (in_neutral or not table.scaled))
         self.contracts = not (table.in_order and (out_neutral or not table.scaled) and not added)
-        self.segments: list[list[int]] = []
-        if table.segments is not None:
-            self.segments = table.segments.tolist()
-        T = len(table.copies)
-        self.copies_shape, self.product_shape, self.y_shape = (T, N, I), (T, N, O), (S, N, O)
-        self.pure = operands.pure
-        self.weight = weight_OI.contiguous() if weight_OI is not None and self.segments else None
+        self.copies_shape, self.y_shape = (len(table.copies), N, I), (S, N, O)
         # What a black box returns may be its own.
-        self.in_place = table.in_order and (self.pure or bool(self.segments))
+        self.in_place = table.in_order and self.pure
 
     def __call__(self, x_SNI: Tensor) -> Tensor:
         """y, `[S, N, out]`."""
@@ -89,11 +93,6 @@ class PreparedLinear:
         contract(self.job_at, product_at, x_at, self.bias_at, y_at)
         return y_SNO
 
-    def program(self) -> Program | None:
-        """The same without Python; None where W0 is modulated, or only Python knows its product."""
-        product = known_product(self.base)
-        return None if product is None or self.segments else Program(self.job, product)
-
     def expand(self, x_SNI: Tensor, x_at: int) -> Tensor:
         """The copies, `[T, N, in]`; x lies at that address."""
         if not self.expands:
@@ -102,13 +101,8 @@ class PreparedLinear:
         expand(self.job_at, x_at, copies_TNI.data_ptr())
         return copies_TNI
 
-    def multiply(self, copies_TNI: Tensor, to_TNO: Tensor | None = None) -> Tensor:
-        """Their product with W0, `[T, N, out]`; if W0 is modulated, in memory that is given."""
-        if self.weight is not None:
-            if to_TNO is None:
-                to_TNO = copies_TNI.new_empty(self.product_shape)
-            self._multiply_modulated(copies_TNI, self.weight, to_TNO)
-            return to_TNO
+    def multiply(self, copies_TNI: Tensor) -> Tensor:
+        """Their product with W0, `[T, N, out]`."""
         product_TNO = self.base(copies_TNI)
         return product_TNO if self.pure else self.job.check(product_TNO)
 
@@ -117,26 +111,6 @@ class PreparedLinear:
         if not self.pure or prod(self.copies_shape) > SHARED_COPIES:
             return torch.empty(self.copies_shape, dtype=self.job.dtype)
         return scratch("copies", self.copies_shape, self.job.dtype)
-
-    def _multiply_modulated(self, copies_TNI: Tensor, weight_OI: Tensor, to_TNO: Tensor) -> None:
-        """Some copies by W0, and each segment's by W0 as its pages modulate it."""
-        copies_CI, to_CO = copies_TNI.flatten(0, 1), to_TNO.flatten(0, 1)
-        N, size = copies_TNI.shape[1], weight_OI.element_size()
-        if plain := self.segments[0][0] * N:
-            torch.mm(copies_CI[:plain], weight_OI.T, out=to_CO[:plain])
-        (I, _), (O, _) = copies_CI.stride(), to_CO.stride()  # noqa: E741
-        weight_at, copies_at, to_at = weight_OI.data_ptr(), copies_CI.data_ptr(), to_CO.data_ptr()
-        for first, count, first_page, pages in self.segments:
-            multiply_modulated(
-                self.job_at,
-                first_page,
-                pages,
-                weight_at,
-                copies_at + first * N * I * size,
-                count * N,
-                to_at + first * N * O * size,
-                O,
-            )
 
 
 class MergedLinear:
@@ -161,9 +135,8 @@ class MergedLinear:
             PreparedLinear(Job(x_SNI, operands, size, stride=O), operands)
             for operands, size in zip(layers, sizes, strict=True)
         ]
-        weighted = any(layer.segments for layer in own)
         shared = same_input and len({operands.factors.pairs for operands in layers}) == 1
-        self.whole = not weighted and (shared or not any(layer.expands for layer in own))
+        self.whole = shared or not any(layer.expands for layer in own)
         if not self.whole:
             for layer in own:
                 layer.job.product_stands_alone()
@@ -176,12 +149,6 @@ class MergedLinear:
             for layer, first in zip(own, firsts, strict=True)
             if layer.contracts or not (self.whole and self.in_place)
         ]
-        # The columns of a layer whose product is its result.
-        self.columns = {
-            layer: slice(first, first + size)
-            for layer, first, size in zip(own, firsts, sizes, strict=True)
-            if layer.segments and not layer.contracts
-        }
 
     def __call__(self, x_SNI: Tensor) -> Tensor:
         """y, `[S, N, Σ out]`."""
@@ -191,11 +158,7 @@ class MergedLinear:
             y_SNO = x_SNI.new_empty(self.y_shape)
             y_at = y_SNO.data_ptr()
             for layer, job_at, bias_at, first in self.parts:
-                copies_TNI = layer.expand(x_SNI, x_at)
-                if columns := self.columns.get(layer):
-                    layer.multiply(copies_TNI, y_SNO[..., columns])
-                    continue
-                product_TNO = layer.multiply(copies_TNI)
+                product_TNO = layer.multiply(layer.expand(x_SNI, x_at))
                 contract(job_at, product_TNO.data_ptr(), x_at, bias_at, y_at + first)
             return y_SNO
         y_SNO = product_TNO = self.base(self.layers[0].expand(x_SNI, x_at))

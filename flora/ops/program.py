@@ -4,6 +4,7 @@ Python takes tens of microseconds around each product, as the last one has swept
 in decoding as long as a layer of a small model itself.
 """
 
+from collections.abc import Callable
 from ctypes import Structure, addressof, c_bool, c_char_p, c_int64, c_void_p
 from functools import partial
 from typing import ClassVar, cast
@@ -22,23 +23,25 @@ class Batch(Structure):
     """`Batch` in kernels/program.h."""
 
     _fields_: ClassVar = [
-        ("rows", c_void_p),
-        *((name, c_int64) for name in ("S", "N", "copies")),
-        *((name, c_int64) for name in ("scaled", "in_order", "adds", "modulated")),
+        *((name, c_void_p) for name in ("rows", "segments")),
+        *((name, c_int64) for name in ("S", "N", "copies", "modulated")),
+        *((name, c_int64) for name in ("scaled", "in_order", "adds")),
     ]
 
     @classmethod
     def of(cls, table: Table, tokens: int) -> "Batch":
         """Rows of so many tokens each; whoever has it keeps the table."""
+        segments = table.segments
         return cls(
             rows=table.rows.data_ptr(),
+            segments=None if segments is None else segments.data_ptr(),
             S=len(table.rows),
             N=tokens,
-            copies=len(table.copies) * tokens,
+            copies=len(table.copies),
+            modulated=0 if segments is None else len(segments),
             scaled=table.scaled,
             in_order=table.in_order,
             adds=table.adds,
-            modulated=table.segments is not None,
         )
 
 
@@ -47,25 +50,23 @@ class Part(Structure):
 
     _fields_: ClassVar = [
         ("job", JobFields),
-        *((name, c_void_p) for name in ("product", "bias")),
-        *((name, c_int64) for name in ("first", "in_neutral", "out_neutral", "batch")),
+        *((name, c_void_p) for name in ("product", "weight", "bias")),
+        *((name, c_int64) for name in ("offset", "in_neutral", "out_neutral", "batch")),
     ]
 
 
 class Laid(Structure):
     """`Laid` in kernels/program.h."""
 
-    _fields_: ClassVar = [("batches", c_void_p), ("shared", c_void_p)]
+    _fields_: ClassVar = [(name, c_void_p) for name in ("parts", "batches", "shared")]
 
 
 class Layer(Structure):
     """`Layer` in kernels/program.h."""
 
     _fields_: ClassVar = [
-        ("step", c_void_p),
-        ("number", c_int64),
-        *((name, c_void_p) for name in ("product", "parts")),
-        *((name, c_int64) for name in ("count", "out")),
+        *((name, c_void_p) for name in ("step", "product")),
+        *((name, c_int64) for name in ("number", "first", "count", "out")),
         *((name, c_char_p) for name in ("python", "name")),
     ]
 
@@ -100,22 +101,31 @@ def known_product(base: BaseProduct) -> Product | None:
 
 
 class Program:
-    """A layer in one batch without gradients: `[..., in]` to `[..., out]`, of as many tokens."""
+    """A layer in one batch without gradients: `[..., in]` to `[..., out]`, of as many tokens.
 
-    def __init__(self, job: Job, product: Product) -> None:
+    product: for the copies that go through W0 as it is.
+    weight:  W0, `[out, in]`, where it is modulated for others.
+    """
+
+    def __init__(self, job: Job, product: Product, weight: Tensor | None) -> None:
         in_neutral, out_neutral = job.pools.neutral
         part = Part(
-            job=job.fields, bias=job.bias_at, in_neutral=in_neutral, out_neutral=out_neutral
+            job=job.fields,
+            weight=None if weight is None else weight.data_ptr(),
+            bias=job.bias_at,
+            in_neutral=in_neutral,
+            out_neutral=out_neutral,
         )
         batch, shared = Batch.of(job.table, job.x_shape[1]), c_bool(True)
-        step = Laid(batches=addressof(batch), shared=addressof(shared))
-        layer = Layer(product=product.at, parts=addressof(part), count=1, out=job.out_features)
-        self._kept = job, product, part, batch, shared, step, layer
+        step = Laid(parts=addressof(part), batches=addressof(batch), shared=addressof(shared))
+        layer = Layer(product=product.at, count=1, out=job.out_features)
+        self._kept = job, product, weight, part, batch, shared, step, layer
         self._layer_at, self._step_at = addressof(layer), addressof(step)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = _run_program(self._layer_at, self._step_at, x)
-        return y
+        """Raises ValueError for x of another type, or of other tokens."""
+        return run_program(self._layer_at, self._step_at, x)
 
 
-_run_program = torch.ops.flora.run_program.default
+run_program: Callable[[int, int, Tensor], Tensor] = torch.ops.flora.run_program.default
+"""(address of a `Layer`, of a `Laid`, x) -> y. Raises ValueError for x of other types or sizes."""

@@ -115,6 +115,9 @@ class TrainedAdapters:
             return None
         return join_factors(layers, self.base.specs[module].dtype)
 
+    def lay(self, names: tuple[str | None, ...]) -> None:
+        """None: these are parameters, each for itself."""
+
     def trained(self, module: str) -> list[Tensor]:
         """A layer's parameters, of all adapters."""
         own = [params[module] for params in self.params.values() if module in params]

@@ -679,6 +679,9 @@ def test_a_model_in_training_takes_no_others(zoo):
         def factors(self, *_: object) -> None:
             return None
 
+        def lay(self, _: object) -> None:
+            return None
+
         def trained(self, _: str) -> list[Tensor]:
             return []
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flora.ops import backend_name
+from flora.ops import has_programs
 from flora.ops.factors import BaseProduct
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # the kernels are loaded where they are run
-    from flora.ops.compiled_layers import CompiledLayer, CompiledLayers
+    from flora.ops.model_layers import CompiledLayer, ModelLayers
 
 OPERATORS = {
     "_C::onednn_mm": ("c", "a", "bias", "handler_tensor"),
@@ -24,11 +24,6 @@ OPERATORS = {
 
 ASIDE = {"aten::empty.memory_format", "aten::view", "aten::_unsafe_view", "aten::reshape"}
 """What else a layer's product may ask of torch: memory, and other shapes for it."""
-
-
-def has_programs(backend: str, device: torch.device) -> bool:
-    """Whether layers have programs where they are computed in this way."""
-    return device.type == "cpu" and backend_name(backend, device) == "cpu"
 
 
 class _Calls(TorchDispatchMode):
@@ -78,8 +73,8 @@ def compiled_layer(layer: Any, name: str, python: str) -> "CompiledLayer | None"
     """
     if not has_programs(layer.backend, layer.device):
         return None
-    from flora.ops.compiled_layers import CompiledLayer, Running, Slice
     from flora.ops.cpu_kernels import DTYPES
+    from flora.ops.model_layers import CompiledLayer, Running, Slice
     from flora.ops.program import Product
 
     if not isinstance(layer.merged, Product) or layer.dtype not in DTYPES:
@@ -102,14 +97,14 @@ def compiled_layer(layer: Any, name: str, python: str) -> "CompiledLayer | None"
     return CompiledLayer(layer.current.running, layer.merged, slices, layer.dtype, python, name)
 
 
-def compiled_layers(layers: Sequence[Any], backend: str) -> "CompiledLayers | None":
+def compiled_layers(layers: Sequence[Any], backend: str) -> "ModelLayers | None":
     """Those of a model's layers that compiled code runs; None where there are none."""
     compiled = [layer.compiled for layer in layers if layer.compiled is not None]
     if not compiled:
         return None
-    from flora.ops.compiled_layers import CompiledLayers
+    from flora.ops.model_layers import ModelLayers
 
-    return CompiledLayers(compiled, backend)
+    return ModelLayers(compiled, backend)
 
 
 def without_python(layer: "CompiledLayer") -> Callable[..., Tensor]:

@@ -16,15 +16,15 @@ from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear, Unq
 
 from flora.bank import LayerSpec
 from flora.hosts.rows import BatchAdapters, Call, PreparedLayer
-from flora.hosts.vllm.compiled import has_programs, product_of
+from flora.hosts.vllm.compiled import product_of
 from flora.hosts.vllm.shards import Shard
-from flora.ops import Linear
+from flora.ops import Linear, has_programs
 from flora.ops.adapted_linear import Adapted
 from flora.ops.factors import BaseProduct
 from flora.ops.merged import Merged, Slice
 
 if TYPE_CHECKING:  # the kernels are loaded where they are run
-    from flora.ops.compiled_layers import CompiledLayer, LaidStep, Running
+    from flora.ops.model_layers import CompiledLayer, LaidStep, Running
 
 KEPT = "flora_kept"
 """The attribute under which a layer has what `keep` kept of it."""
@@ -193,18 +193,12 @@ class AdaptedLayer:
         if prepared is None:
             # All at once: each product sweeps what the next layer needs for it out of the caches.
             for layer in self.current.layers:
-                if layer is self or not layer.has_program(step):
+                if layer is self or layer.compiled is None:
                     layer.prepare(x, step)
         elif prepared.shape != x.shape:
             self.prepare(x, step)
         y: Tensor = step.call.prepared[self.name].linear(x)
         return y
-
-    def has_program(self, step: Step) -> bool:
-        """Whether compiled code does not ask for it in a step."""
-        if self.compiled is None or step.laid is None:
-            return False
-        return not step.laid.modulated[self.compiled.number]
 
     def prepare(self, x: Tensor, step: Step) -> None:
         """Make ready for a step.

@@ -4,7 +4,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from flora.hosts.vllm.layers import AdaptedLayer, Current, Step
 from flora.hosts.vllm.model import adapt
 from flora.hosts.vllm.reader import Reader
 from flora.hosts.vllm.settings import Settings
+
+if TYPE_CHECKING:  # the kernels are loaded where they are run
+    from flora.ops.model_layers import LaidAdapters
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ class AdapterManager:
         self._identities: dict[int, str] = {}
         self._held: set[str] = set()
         self._roster: BatchAdapters | None = None
+        self._laid: LaidAdapters | None = None  # the roster's, where layers have programs
         self._steps: OrderedDict[tuple[int, ...], Step | None] = OrderedDict()
 
     @property
@@ -194,9 +198,9 @@ class AdapterManager:
         units = tuple(of[n] for n in numbers)
         shared = frozenset.intersection(*(self._shared[name] for name in identities.values()))
         laid = None
-        if self.compiled is not None:
+        if self._laid is not None:
             same = [layer.name in shared for layer in self.layers if layer.compiled is not None]
-            laid = self.compiled.step(units, same)
+            laid = self._laid.step(units, same_input=same)
         return Step(Call(roster, len(units), 1, units), shared, laid)
 
     def _roster_with(self, identities: set[str]) -> BatchAdapters:
@@ -210,15 +214,14 @@ class AdapterManager:
             names = (None, *others[-self.slots :], *sorted(identities))
             self._roster = BatchAdapters(names, self.bank.factors)
             if self.compiled is not None:
-                self.compiled.lay(self.bank.lay(names), len(names))
+                self._laid = self.compiled.lay(self.bank.lay(names), len(names))
         return self._roster
 
     def _disband(self) -> None:
         """Forget what was prepared of the roster, and so give its pages back to the bank."""
         self._roster = self.current.step = self.items.step = None
+        self._laid = None
         self._steps.clear()
-        if self.compiled is not None:
-            self.compiled.forget()
 
     def _hold(self, identities: set[str]) -> None:
         """Keep these from being evicted, and no longer those of the last step."""

@@ -113,6 +113,8 @@ struct Job {
   int64_t dtype;  // of x and of all that has no type here: an index into `DTYPES`
 };
 
+inline int64_t bytes_of(int64_t dtype) { return dtype ? 2 : 4; }
+
 // `numbers`: how many each of the `count` parts of the work takes.
 template <typename Body>
 void parallel_for(int64_t count, int64_t numbers, const Body& body) {

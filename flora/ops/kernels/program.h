@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "modulation.h"
 #include "product.h"
 #include "rows.h"
 
@@ -16,23 +17,34 @@ namespace {
 
 constexpr int64_t kScratch = 1 << 26;  // bytes that a thread keeps for one use
 
+// Copies that stand together behind all others, and go through a W0 of their own: `Table` in table.py.
+struct Segment {
+  int32_t first_copy, copies;
+  int32_t first_page, pages;
+};
+
 // The rows of a step, for layers in which its adapters have as many pages: `Table` in table.py.
 struct Batch {
   const Row* rows;
+  const Segment* segments;
   int64_t S, N;
-  int64_t copies;     // of all their tokens
+  int64_t copies;     // of all rows
+  int64_t modulated;  // segments
   int64_t scaled;     // whether pages scale copies
   int64_t in_order;   // whether each row has one copy, in its own place
   int64_t adds;       // whether an adapter adds to a product
-  int64_t modulated;  // whether W0 is modulated for some, which no program does
+
+  // The copies that go through W0 as it is: the first ones.
+  int64_t plain() const { return modulated ? segments->first_copy : copies; }
 };
 
 // What adapters do to a layer, or to one of some merged ones.
 struct Part {
   Job job;                          // of a batch that is not named yet
   const Product* product;           // its own; null: it has none but the merged layers'
+  const void* weight;               // W0 [O, I]; null: it is modulated in no step
   const void* bias;
-  int64_t first;                    // bytes from the first of all columns to its own
+  int64_t offset;                   // bytes from the first of all columns to its own
   int64_t in_neutral, out_neutral;  // whether all pages of that side are ones
   int64_t batch;                    // which of a step's
 
@@ -45,23 +57,25 @@ struct Part {
 
 // A step, in all layers.
 struct Laid {
+  const Part* parts;
   const Batch* batches;
-  const bool* shared;  // of each layer whether its parts have the same copies
+  const bool* shared;  // of each layer whether its parts have the same copies, and none a W0 of its own
 };
 
 // A layer of a model, and the step that runs on it; null: one without adapters.
 struct Layer {
   const Laid* const* step;
-  int64_t number;
   const Product* product;
-  const Part* parts;
-  int64_t count, out;
+  int64_t number;
+  int64_t first, count;  // its parts among the model's
+  int64_t out;
   const char* python;  // the operator that does without a program
   const char* name;    // that this knows the layer by
 
   template <typename Of>
   bool any(const Laid& of, const Of& is) const {
-    return std::any_of(parts, parts + count,
+    const Part* own = of.parts + first;
+    return std::any_of(own, own + count,
                        [&](const Part& part) { return is(part, of.batches[part.batch]); });
   }
 
@@ -73,8 +87,8 @@ struct Layer {
 
   // Whether all parts go through the merged product.
   bool is_whole(const Laid& of) const {
-    return of.shared[number] || !any(of, [](const auto& part, const auto& batch) {
-      return part.expands(batch);
+    return of.shared[number] || !any(of, [](const Part& part, const Batch& batch) {
+      return part.expands(batch) || batch.modulated;
     });
   }
 
@@ -83,7 +97,7 @@ struct Layer {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
     const bool whole = is_whole(of);
     return !any(of, [&](const Part& part, const Batch& batch) {
-      return batch.modulated || !(whole || part.product) || type != kNumbers[part.job.dtype] ||
+      return (batch.plain() && !whole && !part.product) || type != kNumbers[part.job.dtype] ||
              x.numel() != batch.S * batch.N * part.job.I;
     });
   }
@@ -93,7 +107,7 @@ struct Layer {
 template <int Use>
 Tensor scratch(int64_t rows, int64_t columns, int64_t dtype) {
   thread_local std::vector<char> kept;
-  const int64_t bytes = rows * columns * (dtype ? 2 : 4);
+  const int64_t bytes = rows * columns * bytes_of(dtype);
   if (bytes > kScratch) return empty({rows, columns}, kNumbers[dtype]);
   if (static_cast<int64_t>(kept.size()) < bytes) kept.resize(bytes);
   return matrix(kept.data(), rows, columns, columns, dtype);
@@ -103,39 +117,62 @@ inline char* at(const Tensor& tensor, int64_t bytes) {
   return static_cast<char*>(tensor.data_ptr()) + bytes;
 }
 
+// The copies of a part's rows, of contiguous x, through W0, or what pages make of it, to `to`.
+// product: for those that go through W0 as it is, if there are any.
+void multiply_copies(const Product* product, const Part& part, const Job& job, const Batch& batch,
+                     const Tensor& x, const Tensor& to) {
+  const int64_t N = job.N, I = job.I, count = batch.copies * N, plain = batch.plain() * N;
+  Tensor copies = matrix(x.data_ptr(), count, I, I, job.dtype);
+  if (part.expands(batch)) {
+    copies = scratch<0>(count, I, job.dtype);
+    expand(job, x.data_ptr(), copies.data_ptr());
+  }
+  if (plain == count) return (*product)(copies, std::nullopt, to);
+  const int64_t stride = to.stride(0);
+  if (plain) {
+    (*product)(matrix(copies.data_ptr(), plain, I, I, job.dtype), std::nullopt,
+               matrix(to.data_ptr(), plain, to.size(1), stride, job.dtype));
+  }
+  for (int64_t w = 0; w < batch.modulated; ++w) {
+    const Segment& own = batch.segments[w];
+    const int64_t first = own.first_copy * N * bytes_of(job.dtype);
+    multiply_modulated(job, own.first_page, own.pages, part.weight, at(copies, first * I),
+                       own.copies * N, at(to, first * stride), stride);
+  }
+}
+
 // y of contiguous x that the layer takes, its tokens in whatever shape.
 Tensor run(const Layer& layer, const Laid& step, const Tensor& x) {
   const auto shape = x.sizes();
   std::vector<int64_t> sizes(shape.begin(), shape.end());
   sizes.back() = layer.out;
-  const int64_t dtype = layer.parts->job.dtype;
+  const Part* const parts = step.parts + layer.first;
+  const int64_t dtype = parts->job.dtype;
   const Tensor y = empty(sizes, kNumbers[dtype]);
-  // Of what the copies of a part are, the product with them.
-  const auto multiply = [&](const Product& product, const Part& part, const Batch& batch,
-                            const Job& job, const Tensor& to) {
-    if (!part.expands(batch))
-      return product(matrix(x.data_ptr(), batch.copies, job.I, job.I, dtype), std::nullopt, to);
-    const Tensor copies = scratch<0>(batch.copies, job.I, dtype);
-    expand(job, x.data_ptr(), copies.data_ptr());
-    product(copies, std::nullopt, to);
-  };
   const bool whole = layer.is_whole(step);
   const bool in_place = whole && !layer.any(step, [](const Part&, const Batch& batch) {
     return !batch.in_order;
   });
   std::optional<Tensor> product;
-  for (const Part *part = layer.parts, *end = part + layer.count; part != end; ++part) {
+  for (const Part* part = parts; part != parts + layer.count; ++part) {
     const Batch& batch = step.batches[part->batch];
+    const bool contracts = part->contracts(batch);
+    // What only kernels of ours multiply may be written among columns of others.
+    const bool among = !whole && !contracts && !batch.plain();
     Job job = part->job;
     job.rows = batch.rows, job.S = batch.S, job.N = batch.N;
     job.y_stride = layer.out, job.product_stride = whole ? layer.out : job.O;
     if (!whole || !product) {
-      product = in_place ? matrix(y.data_ptr(), batch.copies, layer.out, layer.out, dtype)
-                         : scratch<1>(batch.copies, job.product_stride, dtype);
-      multiply(whole ? *layer.product : *part->product, *part, batch, job, *product);
+      const int64_t count = batch.copies * batch.N;
+      product = in_place ? matrix(y.data_ptr(), count, layer.out, layer.out, dtype)
+                : among  ? matrix(at(y, part->offset), count, job.O, layer.out, dtype)
+                         : scratch<1>(count, job.product_stride, dtype);
+      multiply_copies(whole ? layer.product : part->product, *part, job, batch, x, *product);
     }
-    if (!in_place || part->contracts(batch))
-      contract(job, at(*product, whole ? part->first : 0), x.data_ptr(), part->bias, at(y, part->first));
+    if (contracts || !(in_place || among)) {
+      contract(job, at(*product, whole ? part->offset : 0), x.data_ptr(), part->bias,
+               at(y, part->offset));
+    }
   }
   return y;
 }

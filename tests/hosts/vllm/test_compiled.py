@@ -1,4 +1,4 @@
-"""Layers in compiled code on a CPU: vLLM's products without Python, which is asked once a mix.
+"""Layers in compiled code on a CPU: vLLM's products without Python.
 
 vLLM is imported in another process, as it changes much of what others in one would see.
 """
@@ -24,7 +24,7 @@ import vllm._custom_ops
 from torch import nn
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from flora.hosts.vllm.compiled import product_of
-from flora.ops.compiled_layers import CompiledLayer, CompiledLayers, Running, Slice
+from flora.ops.model_layers import CompiledLayer, ModelLayers, Running, Slice
 from flora.ops.program import Product
 
 def known(out, in_, dtype):
@@ -40,7 +40,7 @@ def known(out, in_, dtype):
         return "what is more than a product is taken for one"
     slices = [Slice("layer", in_, out, None, None, None)]
     compiled = CompiledLayer(Running(), product, slices, dtype, "none", "layer")
-    CompiledLayers([compiled], "cpu")
+    ModelLayers([compiled], "cpu")
     x = torch.randn(5, in_, dtype=dtype)
     for bias in (None, layer.bias):
         y = compiled(x, bias)
@@ -57,6 +57,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from flora.hosts.vllm.layers import AdaptedLayer
 from flora.ops import costs
+from flora.ops.model_layers import LaidAdapters
 from flora.ops.plan import WEIGHT_SIDE
 
 costs.layer_costs = lambda *_, **__: WEIGHT_SIDE
@@ -70,6 +71,14 @@ def count(self, x, bias):
     return call(self, x, bias)
 
 AdaptedLayer.__call__ = count
+
+def step(self, rows, tokens=1, same_input=False):
+    laid = make(self, rows, tokens, same_input)
+    modulated.append(any(batch.modulated for batch in laid._kept[2]))
+    return laid
+
+modulated, make = [], LaidAdapters.step
+LaidAdapters.step = step
 prompts = [{"prompt_token_ids": [3, 4, 5] * n} for n in (1, 1, 12)]
 sampling = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, detokenize=False)
 one, lora, many = (LoRARequest(f, n, f) for n, f in enumerate(folders, 1))
@@ -79,7 +88,7 @@ for requests in (*mixes, mixes[-1]):
     asked.clear()
     llm.generate(prompts, sampling, lora_request=requests, use_tqdm=False)
     found.append(list(asked))
-print(json.dumps(found))
+print(json.dumps([found, modulated]))
 """
 
 
@@ -98,14 +107,12 @@ def test_vllms_products_are_known():
     assert run(FOUND, json.dumps(cases)) == ["Product"] * len(cases)
 
 
-def test_python_is_asked_for_prompts_whose_weight_is_modulated(tmp_path):
+def test_python_is_asked_for_no_mix_whether_its_weight_is_modulated_or_not(tmp_path):
     model = zoo.build("Llama", **HEADS)
     model.save_pretrained(tmp_path / "model")
     names = ["flora1", "lora", "flora3"]
     for seed, name in enumerate(names):
         zoo.make_adapter(name, model, tmp_path / name, seed=seed)
-    *others, _, modulated = run(ASKED, tmp_path / "model", *(tmp_path / name for name in names))
-    assert others == [[], [], []]
-    layers = 4 * model.config.num_hidden_layers
-    # Once all adapters are read: by three prompts at once, and by no step of a token each.
-    assert modulated == [42] * layers
+    asked, modulated = run(ASKED, tmp_path / "model", *(tmp_path / name for name in names))
+    assert asked == [[]] * 5
+    assert {*modulated} == {True, False}  # by many tokens, and by no step of a token each

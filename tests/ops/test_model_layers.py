@@ -1,4 +1,4 @@
-"""Layers in compiled code against the operator on each, and what is asked of Python."""
+"""A model's layers together against the operator on each, and what is asked of Python."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,13 +13,16 @@ from torch import Tensor
 
 from flora.adapters.core import Adapter, LayerFactors
 from flora.bank import AdapterBank, LayerSpec
-from flora.ops.compiled_layers import CompiledLayer, CompiledLayers, Running, Slice
 from flora.ops.factors import WeightProduct
-from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE
+from flora.ops.model_layers import CompiledLayer, ModelLayers, Running, Slice
+from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE, Costs
 from flora.ops.program import Product, known_product
 from tests.ops.test_adapted_linear import Layer, assert_right, make_layer, set_side
 from tests.ops.test_merged import GROUPS, SIZES, make_layers
 from tests.ops.test_program import DTYPES, product_of
+
+DEEP_ONLY = Costs(modulation=0.0)
+"""By which W0 is modulated for groups of several pairs."""
 
 ASKED = 7.0
 """What Python answers where it is asked."""
@@ -74,7 +77,7 @@ class Model:
         self.alone = [
             compiled(own, [part]) for own, part in zip(of_each, slices("alone"), strict=True)
         ]
-        self.compiled = CompiledLayers([self.merged, *self.alone], "cpu")
+        self.model_layers = ModelLayers([self.merged, *self.alone], "cpu")
         self.bank = AdapterBank(
             {
                 f"{prefix}.{number}": LayerSpec(
@@ -100,38 +103,46 @@ class Model:
         self.lay(self.names)
 
     def lay(self, names: list[str | None]) -> None:
-        self.compiled.lay(self.bank.lay(names), len(names))
+        self.laid = self.model_layers.lay(self.bank.lay(names), len(names))
 
-    def run(self, rows: list[int], *, same_input: bool = False) -> None:
-        self.step = self.compiled.step(tuple(rows), [same_input] * (1 + len(self.alone)))
+    def run(self, rows: list[int], *, tokens: int = 1, same_input: bool = False) -> None:
+        self.step = self.laid.step(tuple(rows), tokens, [same_input] * (1 + len(self.alone)))
         self.running.set(self.step)
 
+    def forget(self) -> None:
+        self.running.set(None)
+        del self.laid, self.step
+
     def assert_right(self) -> None:
-        x, bias = self.layers[0].x[:, 0], None
+        x_SNI, bias = self.layers[0].x, None
+        x, units = x_SNI.flatten(0, 1), x_SNI.shape[:2]
         if self.layers[0].bias is not None:
             bias = torch.cat([layer.bias for layer in self.layers])
         whole = self.merged(x, bias)
         assert torch.equal(whole, self.merged(x, bias))
-        found = whole.unsqueeze(1).split([len(layer.weight) for layer in self.layers], dim=-1)
+        found = whole.unflatten(0, units).split([len(layer.weight) for layer in self.layers], -1)
         for merged, compiled, layer in zip(found, self.alone, self.layers, strict=True):
             assert_right(merged, layer)
-            assert_right(compiled(x, layer.bias).unsqueeze(1), layer)
+            assert_right(compiled(x, layer.bias).unflatten(0, units), layer)
+            assert_right(compiled.run(self.step, x_SNI), layer)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(
     groups=st.lists(st.sampled_from([*GROUPS, None]), min_size=3, max_size=3).filter(any),
     rows=st.lists(st.integers(0, 2), min_size=1, max_size=9),
+    tokens=st.sampled_from([1, 5]),
     bias=st.booleans(),
     product=st.sampled_from([WeightProduct, product_of, partial(product_of, packed=True)]),
+    side=st.sampled_from([None, ACTIVATION_SIDE, WEIGHT_SIDE, DEEP_ONLY]),
 )
-def test_each_layer_is_what_it_is_alone(dtype, groups, rows, bias, product):
-    layers = make_layers(groups, rows, tokens=1, dtype=dtype, bias=bias)
+def test_each_layer_is_what_it_is_alone(dtype, groups, rows, tokens, bias, product, side):
+    layers = make_layers(groups, rows, tokens=tokens, dtype=dtype, bias=bias)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        set_side(patch, ACTIVATION_SIDE)
-        model = Model(layers, product)
-        model.run(rows)
-        assert not model.step.modulated.any()
+        if side is not None:
+            set_side(patch, side)
+        model = Model(layers, product, weight=side is not None)
+        model.run(rows, tokens=tokens)
         model.assert_right()
 
 
@@ -170,7 +181,7 @@ def test_pages_are_lent_until_others_are_laid(layers):
         assert sizes[1] > sizes[0]
         model.run(layers[0].rows)
         model.assert_right()
-        model.compiled.forget()
+        model.forget()
         load("2 in its place")
         assert sizes[2] == sizes[1]
 
@@ -221,10 +232,10 @@ def test_without_adapters_it_is_the_base(layers, product, with_bias):
         assert torch.equal(model.merged(x, bias), F.linear(x, weight, bias))
 
 
-def test_python_is_asked_for_what_has_no_program(layers, monkeypatch):
+def test_python_is_asked_for_what_has_no_program(layers):
     x, rows = layers[0].x[:, 0], layers[0].rows
     with torch.no_grad():
-        model = Model(layers, weight=True)
+        model = Model(layers)
         model.run(rows)
         merged = model.merged
         assert not (merged(x) == ASKED).any()
@@ -233,12 +244,20 @@ def test_python_is_asked_for_what_has_no_program(layers, monkeypatch):
         assert (merged(x.bfloat16()) == ASKED).all()  # for another type
         bias = torch.randn(sum(SIZES))
         assert torch.equal(merged(x[:1], bias), ASKED + bias.expand(1, -1))
-        set_side(monkeypatch, WEIGHT_SIDE)
-        model.run(rows)
-        # The second layer adds something, and scales nothing.
-        assert model.step.modulated.tolist() == [True, True, False, True]
-        assert (merged(x) == ASKED).all()
-        assert not (model.alone[1](x) == ASKED).any()
+
+
+@pytest.mark.parametrize("last", [{"pairs": 2}, {"rank": 2}])
+def test_a_slice_needs_a_product_for_what_is_not_modulated(last, monkeypatch):
+    set_side(monkeypatch, WEIGHT_SIDE)
+    groups = [[{"pairs": 1}], [{"pairs": 3, "rank": 2}], [last]]
+    layers = make_layers(groups, [0, 0], tokens=1, dtype=torch.float32, bias=True)
+    with torch.no_grad():
+        model = Model(layers, of_slices=False, weight=True)
+        model.run([0, 0])
+        if last == {"pairs": 2}:
+            model.assert_right()
+        else:
+            assert (model.merged(layers[0].x[:, 0]) == ASKED).all()
 
 
 def test_compiled_code_asks_as_it_runs(layers):
