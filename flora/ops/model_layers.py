@@ -52,8 +52,8 @@ class ModelLayer:
         self.out_features = sum(own.out_features for own in slices)
         self.fields = Layer(product=product.at, out=self.out_features)
 
-    def lay(self, number: int, first: int, parts: np.ndarray) -> None:
-        """Have its place, and its own of a model's parts."""
+    def place(self, number: int, first: int, parts: np.ndarray) -> None:
+        """Have its number and its own of a model's parts, of which one is the first."""
         ends = accumulate(own.out_features for own in self.slices)
         for part, own, end in zip(parts, self.slices, ends, strict=True):
             job = part["job"]
@@ -129,7 +129,14 @@ def _cpu_linear_shape(
 class ModelLayers:
     """Those of a model that adapters are laid for; a layer's number is its place among them.
 
-    backend: whose costs plans go by.
+    backend:   whose costs plans go by.
+    slices:    of all layers, one layer's behind the other's.
+    places:    of the slices by their names.
+    firsts:    of each layer the place of its first slice.
+    of_slices: of each slice the number of its layer.
+    alone:     of each layer whether it has one slice.
+    shapes:    of each slice a number that it has in common with those whose W0 have the same shape.
+    parts:     the slices as programs read them, without adapters.
     """
 
     def __init__(self, layers: Sequence[ModelLayer], backend: str) -> None:
@@ -138,14 +145,15 @@ class ModelLayers:
         self.places = {own.name: place for place, own in enumerate(self.slices)}
         counts = np.array([len(layer.slices) for layer in layers])
         self.firsts = counts.cumsum() - counts
-        self.alone, self.of_slices = counts == 1, np.repeat(np.arange(len(layers)), counts)
+        self.of_slices = np.repeat(np.arange(len(layers)), counts)
+        self.alone = counts == 1
         shapes = [None if own.weight is None else own.weight.shape for own in self.slices]
         self.shapes = np.array([[shapes.index(shape)] for shape in shapes])
         self.parts = np.zeros(len(self.slices), dtype=np.dtype(Part))
         self.parts["in_neutral"] = self.parts["out_neutral"] = True
         own = np.split(self.parts, self.firsts[1:])
         for number, (layer, parts) in enumerate(zip(layers, own, strict=True)):
-            layer.lay(number, int(self.firsts[number]), parts)
+            layer.place(number, int(self.firsts[number]), parts)
 
     def lay(self, pages: Sequence[LayersPages], groups: int) -> "LaidAdapters":
         """The adapters of so many groups, by their pages in the model's layers."""

@@ -77,8 +77,10 @@ def compiled_layer(layer: Any, name: str, python: str) -> "CompiledLayer | None"
     from flora.ops.model_layers import CompiledLayer, Running, Slice
     from flora.ops.program import Product
 
-    if not isinstance(layer.merged, Product) or layer.dtype not in DTYPES:
-        logger.info("%s goes through Python, which is slower: its product is unknown", layer.name)
+    known = isinstance(layer.merged, Product)
+    if not known or layer.dtype not in DTYPES:
+        reason = "kernels have no such type" if known else "its product is unknown"
+        logger.info("%s goes through Python, which is slower: %s", layer.name, reason)
         return None
     if layer.current.running is None:
         layer.current.running = Running()
