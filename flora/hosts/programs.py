@@ -31,7 +31,7 @@ class Programs:
         names = [n for n, spec in base.specs.items() if has_programs(backend, spec.device)]
         made = {name: _program(name, base.layers[name], base.specs[name].dtype) for name in names}
         self.layers = {name: layer for name, layer in made.items() if layer is not None}
-        self._together = _together([*self.layers.values()], backend)
+        self._together = together([*self.layers.values()], backend)
         self._base = base
         self._parameters = self._find_parameters()
 
@@ -75,7 +75,8 @@ def _program(name: str, layer: BaseLayer, dtype: torch.dtype) -> "ModelLayer | N
     return None if product is None else ModelLayer(product, [whole], dtype)
 
 
-def _together(layers: Sequence["ModelLayer"], backend: str) -> "ModelLayers | None":
+def together(layers: Sequence["ModelLayer"], backend: str) -> "ModelLayers | None":
+    """A model's layers, for adapters to be laid for all of them; None where there are none."""
     if not layers:
         return None
     from flora.ops.model_layers import ModelLayers

@@ -67,9 +67,6 @@ PyMethodDef methods[] = {
     entry<&expand>("expand", "expand(job, x, to)"),
     entry<&contract>("contract", "contract(job, product, x, bias, to)"),
     entry<&modulate>("modulate", "modulate(job, first_page, pages, weight, to)"),
-    entry<&multiply_modulated>(
-        "multiply_modulated",
-        "multiply_modulated(job, first_page, pages, weight, copies, count, to, stride)"),
     entry<&modulation_gradients>(
         "modulation_gradients",
         "modulation_gradients(job, first_page, pages, chunks, gradient, weight, din, dout)"),

@@ -17,7 +17,6 @@ from flora.ops.table import Table, make_table
 
 kernels = load_kernels()
 expand, contract, modulate = kernels.expand, kernels.contract, kernels.modulate
-multiply_modulated = kernels.multiply_modulated
 modulation_gradients, scale_gradients = kernels.modulation_gradients, kernels.scale_gradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

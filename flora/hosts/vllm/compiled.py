@@ -1,7 +1,7 @@
 """vLLM's layers in compiled code on a CPU, without Python in between: see `ops/program.py`."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from flora.ops.factors import BaseProduct
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # the kernels are loaded where they are run
-    from flora.ops.model_layers import CompiledLayer, ModelLayers
+    from flora.ops.model_layers import CompiledLayer
 
 OPERATORS = {
     "_C::onednn_mm": ("c", "a", "bias", "handler_tensor"),
@@ -97,16 +97,6 @@ def compiled_layer(layer: Any, name: str, python: str) -> "CompiledLayer | None"
         for part in layer.parts
     ]
     return CompiledLayer(layer.current.running, layer.merged, slices, layer.dtype, python, name)
-
-
-def compiled_layers(layers: Sequence[Any], backend: str) -> "ModelLayers | None":
-    """Those of a model's layers that compiled code runs; None where there are none."""
-    compiled = [layer.compiled for layer in layers if layer.compiled is not None]
-    if not compiled:
-        return None
-    from flora.ops.model_layers import ModelLayers
-
-    return ModelLayers(compiled, backend)
 
 
 def without_python(layer: "CompiledLayer") -> Callable[..., Tensor]:

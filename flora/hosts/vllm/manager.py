@@ -16,9 +16,9 @@ from flora.adapters.checkpoint import read_checkpoint
 from flora.adapters.core import Adapter, LayerFactors
 from flora.bank import AdapterBank, PagedAdapter
 from flora.errors import FloraError, OutOfBudgetError, UsageError
+from flora.hosts.programs import together
 from flora.hosts.rows import BatchAdapters, Call
 from flora.hosts.vllm.base import VllmBase
-from flora.hosts.vllm.compiled import compiled_layers
 from flora.hosts.vllm.encoder import Items
 from flora.hosts.vllm.layers import AdaptedLayer, Current, Step
 from flora.hosts.vllm.model import adapt
@@ -82,7 +82,8 @@ class AdapterManager:
         self.layers = adapt(model, self.current, self.items, vllm_config)
         self.base = VllmBase(self.layers)
         self.base.measure_costs(self.settings.backend)
-        self.compiled = compiled_layers(self.layers, self.settings.backend)
+        compiled = [layer.compiled for layer in self.layers if layer.compiled is not None]
+        self.compiled = together(compiled, self.settings.backend)
         self.bank = AdapterBank(self.base.specs, self.settings.adapter_bytes)
         # While a step runs, no kind may ask for a layer's own product, nor ranks for each other's.
         readable = all(part.weight is not None for part in self.base.parts.values())
