@@ -312,11 +312,13 @@ class AdapterBank:
                 largest = float(side[page].abs().max())
                 raise InvalidAdapterError(f"{module} {key.family}: {largest:g} is beyond {kind}")
         numbers = [self._numbers[key][module] for module in layers]
-        is_scale = key.family == "hadamard"
+        ones = np.zeros((len(sides), sum(counts)), dtype=bool)
+        if key.family == "hadamard":
+            ones[:] = [(side == 1).all(dim=1).cpu().numpy() for side in sides]
         return _Part(
             tensors=tuple(tensor for parts in zip(*kept, strict=True) for tensor in parts),
             layers=np.repeat(numbers, counts),
-            ones=np.array([((t == 1).all(dim=1) & is_scale).tolist() for t in sides]),
+            ones=ones,
         )
 
     def _lay(self, identities: tuple[str | None, ...]) -> dict[_Key, LayersPages]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import wraps
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -20,32 +21,39 @@ Ask = Callable[["LoRARequest"], "Future[list[bool]]"]
 
 
 def patch_engine_core() -> None:
-    """Have the scheduler leave out requests whose adapter is on its way."""
+    """Have schedulers leave out requests whose adapter is on its way."""
     from vllm.v1.engine.core import EngineCore
 
-    create = EngineCore.__init__
+    add = EngineCore.add_request
+    prepared: WeakSet[EngineCore] = WeakSet()
 
-    @wraps(create)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        create(self, *args, **kwargs)
-        config, executor, scheduler = self.vllm_config, self.model_executor, self.scheduler
-        if config.lora_config is None or config.parallel_config.world_size > 1:
-            return
+    # Not as it is made: in a process of its own an engine loads plugins once it has begun that.
+    @wraps(add)
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        if request.lora_request is not None and self not in prepared:
+            prepared.add(self)
+            _hold_back(self)
+        add(self, request, *args, **kwargs)
 
-        def ask(lora: "LoRARequest") -> "Future[list[bool]]":
-            future: Future[list[bool]] = executor.collective_rpc(
-                _is_read, args=(lora,), non_block=True
-            )
-            return future
+    EngineCore.add_request = add_request
 
-        arrivals = Arrivals(ask, config.lora_config.max_cpu_loras)
-        scheduler._handle_blocked_waiting_request = arrivals.before(
-            scheduler._handle_blocked_waiting_request,
-            # Whatever it is in stands for: the scheduler ends these with an error.
-            fail=scheduler.encoder_cache_mismatch_reqs.add,
-        )
 
-    EngineCore.__init__ = init
+def _hold_back(engine: Any) -> None:
+    """Have an engine's scheduler leave out requests whose adapter is on its way."""
+    config, executor, scheduler = engine.vllm_config, engine.model_executor, engine.scheduler
+    if config.parallel_config.world_size > 1:
+        return
+
+    def ask(lora: "LoRARequest") -> "Future[list[bool]]":
+        future: Future[list[bool]] = executor.collective_rpc(_is_read, args=(lora,), non_block=True)
+        return future
+
+    arrivals = Arrivals(ask, config.lora_config.max_cpu_loras)
+    scheduler._handle_blocked_waiting_request = arrivals.before(
+        scheduler._handle_blocked_waiting_request,
+        # Whatever it is in stands for: the scheduler ends these with an error.
+        fail=scheduler.encoder_cache_mismatch_reqs.add,
+    )
 
 
 class Arrivals:

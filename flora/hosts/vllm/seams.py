@@ -440,6 +440,8 @@ SEAMS = (
         "self.vllm_config; self.model_executor; self.scheduler",
         "read once it is made",
     ),
+    Seam(_CORE, "EngineCore", "def add_request(self, request, *_)", _REPLACED),
+    Seam(_CORE, "EngineCoreProc._handle_client_request", "self.add_request(_, _)", "reaches it"),
     Seam(
         _SCHEDULER,
         "Scheduler",

@@ -1,17 +1,10 @@
-"""Layers in compiled code on a CPU: vLLM's products without Python.
-
-vLLM is imported in another process, as it changes much of what others in one would see.
-"""
+"""Layers in compiled code on a CPU: vLLM's products without Python."""
 
 import json
-import subprocess
-import sys
-from typing import Any
-
-import pytest
 
 from flora.machine import has_avx512_bf16
 from tests import zoo
+from tests.hosts.vllm.script import run_script
 from tests.hosts.vllm.test_engine import HEADS
 
 SIZES = [(64, 32), (48, 96), (1536, 576)]
@@ -92,19 +85,10 @@ print(json.dumps([found, modulated]))
 """
 
 
-def run(script: str, *arguments: Any) -> Any:
-    pytest.importorskip("vllm")
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise AssertionError(done.stderr[-4000:])
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def test_vllms_products_are_known():
     dtypes = ["float32", "bfloat16"] if has_avx512_bf16() else ["float32"]
     cases = [(*size, dtype) for size in SIZES for dtype in dtypes]
-    assert run(FOUND, json.dumps(cases)) == ["Product"] * len(cases)
+    assert run_script(FOUND, json.dumps(cases)) == ["Product"] * len(cases)
 
 
 def test_python_is_asked_for_no_mix_whether_its_weight_is_modulated_or_not(tmp_path):
@@ -113,6 +97,6 @@ def test_python_is_asked_for_no_mix_whether_its_weight_is_modulated_or_not(tmp_p
     names = ["flora1", "lora", "flora3"]
     for seed, name in enumerate(names):
         zoo.make_adapter(name, model, tmp_path / name, seed=seed)
-    asked, modulated = run(ASKED, tmp_path / "model", *(tmp_path / name for name in names))
+    asked, modulated = run_script(ASKED, tmp_path / "model", *(tmp_path / name for name in names))
     assert asked == [[]] * 5
     assert {*modulated} == {True, False}  # by many tokens, and by no step of a token each

@@ -1,15 +1,14 @@
 """CUDA graphs are captured between the adapted layers, never with them.
 
-vLLM is imported in another process, as it changes much of what others in one would see. Nothing is
-captured: there need not be a GPU.
+Nothing is captured: there need not be a GPU.
 """
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from tests.hosts.vllm.script import run_script
 
 SETTLED = """
 import json, sys
@@ -77,12 +76,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def settled() -> list[Any]:
-    pytest.importorskip("vllm")
-    command = [sys.executable, "-c", SETTLED, json.dumps(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise AssertionError(done.stderr[-4000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    found: list[Any] = run_script(SETTLED, json.dumps(CASES))
+    return found
 
 
 def test_what_is_captured_is_what_stands_between_the_layers(settled):

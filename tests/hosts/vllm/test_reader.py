@@ -1,6 +1,5 @@
 """Adapters that are read beside the engine's steps."""
 
-from concurrent.futures import Future
 from contextlib import suppress
 from threading import Event
 from types import SimpleNamespace
@@ -8,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 
 from flora.errors import InvalidAdapterError
-from flora.hosts.vllm.core import Arrivals
 from flora.hosts.vllm.reader import Reader
 
 KEPT = 3
@@ -98,56 +96,3 @@ def test_those_on_their_way_take_nobodys_place():
     assert reader.take(request(10)) == "good"
     for event in adapters.opened.values():
         event.set()
-
-
-class Workers:
-    """What workers say of the adapters that they have read, by number."""
-
-    def __init__(self) -> None:
-        self.read: set[int] = set()
-        self.asked: list[int] = []
-
-    def ask(self, lora: SimpleNamespace) -> Future[list[bool]]:
-        self.asked.append(lora.lora_int_id)
-        answer: Future[list[bool]] = Future()
-        if lora.lora_name == "bad":
-            answer.set_exception(RuntimeError("no such folder"))
-        else:
-            answer.set_result([lora.lora_int_id in self.read])
-        return answer
-
-
-def test_a_request_begins_once_its_own_adapter_is_read():
-    workers, handled = Workers(), []
-    failed: list[str] = []
-    arrivals = Arrivals(workers.ask, 2)
-    can_begin = arrivals.before(lambda r: handled.append(r) or True, fail=failed.append)
-    slow, other, base, lost = (
-        SimpleNamespace(lora_request=lora, request_id=name)
-        for name, lora in (
-            ("slow", request(1)),
-            ("other", request(2)),
-            ("base", None),
-            ("lost", request(3, "bad")),
-        )
-    )
-    workers.read = {2}
-    assert [can_begin(each) for each in (slow, other, base)] == [False, False, True]
-    assert [can_begin(each) for each in (slow, other, base)] == [False, True, True]
-    workers.read = {1, 2}
-    assert not can_begin(slow)
-    assert can_begin(slow)
-    assert handled == [base, other, base, slow]
-    assert [can_begin(lost), can_begin(lost), can_begin(other)] == [False, False, True]
-    assert failed == ["lost"]
-
-
-def test_of_late_adapters_nobody_is_asked():
-    workers = Workers()
-    workers.read = {1, 2, 3}
-    arrivals = Arrivals(workers.ask, 2)
-    for number in (1, 2, 1, 2, 3, 2):
-        while not arrivals.has(request(number)):
-            pass
-    assert workers.asked == [1, 2, 3]
-    assert not arrivals.has(request(1))
