@@ -5,7 +5,7 @@ The ranks of a sharded model read together, in their loop, and there nothing is 
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Ask = Callable[["LoRARequest"], "Future[list[bool]]"]
-"""Asks the workers whether an adapter is read, and has them read it."""
+Answer = bool | str
+"""Whether an adapter was read, or why it cannot be."""
+
+Ask = Callable[[Sequence["LoRARequest"]], "Future[list[list[Answer]]]"]
+"""Asks the worker of some adapters whether they were read, and has it read them."""
 
 
 def patch_engine_core() -> None:
@@ -44,11 +47,16 @@ def _hold_back(engine: Any) -> None:
     if config.parallel_config.world_size > 1:
         return
 
-    def ask(lora: "LoRARequest") -> "Future[list[bool]]":
-        future: Future[list[bool]] = executor.collective_rpc(_is_read, args=(lora,), non_block=True)
+    def ask(loras: Sequence["LoRARequest"]) -> "Future[list[list[Answer]]]":
+        future: Future[list[list[Answer]]] = executor.collective_rpc(
+            _are_read, args=(loras,), non_block=True
+        )
         return future
 
-    arrivals = Arrivals(ask, config.lora_config.max_cpu_loras)
+    arrivals = Arrivals(
+        ask, config.lora_config.max_cpu_loras, runs_meanwhile=engine.batch_queue is not None
+    )
+    scheduler.schedule = arrivals.around(scheduler.schedule)
     scheduler._handle_blocked_waiting_request = arrivals.before(
         scheduler._handle_blocked_waiting_request,
         # Whatever it is in stands for: the scheduler ends these with an error.
@@ -57,30 +65,39 @@ def _hold_back(engine: Any) -> None:
 
 
 class Arrivals:
-    """The adapters of requests that wait, of which the workers are asked once a step.
+    """The adapters of requests that wait, of which the worker is asked once a step, of all at once:
+    it and the engine would wait for each other if there were many questions on their way.
 
-    late: those that requests began with, the last ones last: workers hold them, as long as they
-          leave in this order; one that has left all the same is read within its step.
+    capacity:       adapters that a worker holds.
+    runs_meanwhile: whether a worker runs a step while the next one is scheduled.
+    late:           adapters that requests began with, the last ones last: workers hold them, as
+                    long as they leave in this order; one that has left all the same is read within
+                    its step.
     """
 
-    def __init__(self, ask: Ask, capacity: int) -> None:
-        self.ask, self.capacity = ask, capacity
+    def __init__(self, ask: Ask, capacity: int, *, runs_meanwhile: bool) -> None:
+        self.ask, self.capacity, self.runs_meanwhile = ask, capacity, runs_meanwhile
         self.late: OrderedDict[int, None] = OrderedDict()
-        self._asked: dict[int, Future[list[bool]]] = {}
+        self._waiting: dict[int, LoRARequest] = {}
+        self._asked: Future[list[list[Answer]]] | None = None
+        self._answers: dict[int, Answer] = {}
 
-    def has(self, lora: "LoRARequest") -> bool:
-        """Whether a step with this adapter would not wait for it. Raises where it is lost."""
-        number = lora.lora_int_id
-        asked = self._asked.pop(number, None)
-        if number not in self.late and (asked is None or not all(asked.result())):
-            # The answer is there by the next step, and nothing waits for it.
-            self._asked[number] = self.ask(lora)
-            return False
-        self.late[number] = None
-        self.late.move_to_end(number)
-        if len(self.late) > self.capacity:
-            self.late.popitem(last=False)
-        return True
+    def around(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
+        """The scheduler's making of a step, with the questions around it."""
+
+        @wraps(schedule)
+        def scheduled(*args: Any, **kwargs: Any) -> Any:
+            waiting, self._waiting = self._waiting, {}
+            if waiting and not self.runs_meanwhile:  # it answers at once, and has read since
+                self._asked = self.ask([*waiting.values()])
+            if self._asked is not None:
+                self._answers = dict(zip(waiting, self._asked.result()[0], strict=True))
+            step = schedule(*args, **kwargs)
+            self._asked = self.ask([*self._waiting.values()]) if self._waiting else None
+            self._answers.clear()
+            return step
+
+        return scheduled
 
     def before(
         self, handle: Callable[[Any], bool], *, fail: Callable[[str], None]
@@ -93,18 +110,34 @@ class Arrivals:
         @wraps(handle)
         def can_begin(request: Any) -> bool:
             lora: LoRARequest | None = request.lora_request
-            try:
-                if lora is not None and not self.has(lora):
-                    return False
-            except Exception as error:  # a worker's comes as whatever its executor makes of it
-                logger.error("request %s: %s", request.request_id, error)
+            answer = lora is None or self._has(lora)
+            if isinstance(answer, str):
+                logger.error("request %s: %s", request.request_id, answer)
                 fail(request.request_id)
                 return False
-            return handle(request)
+            return answer and handle(request)
 
         return can_begin
 
+    def _has(self, lora: "LoRARequest") -> Answer:
+        """Whether a step with this adapter would not wait for it; if not, it is asked for."""
+        number = lora.lora_int_id
+        answer = number in self.late or self._answers.get(number, False)
+        if answer is True:
+            self.late[number] = None
+            self.late.move_to_end(number)
+            if len(self.late) > self.capacity:
+                self.late.popitem(last=False)
+        elif not answer:
+            self._waiting[number] = lora
+        return answer
 
-def _is_read(worker: Any, lora: "LoRARequest") -> bool:
-    read: bool = worker.model_runner.lora_manager.is_read(lora)
-    return read
+
+def _are_read(worker: Any, loras: Sequence["LoRARequest"]) -> list[Answer]:
+    answers: list[Answer] = []
+    for lora in loras:
+        try:
+            answers.append(worker.model_runner.lora_manager.is_read(lora))
+        except Exception as error:
+            answers.append(f"{error}")
+    return answers

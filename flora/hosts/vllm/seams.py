@@ -70,6 +70,7 @@ _ITEMS = "tells the adapter of each item that an encoder takes, in its order"
 _LOADED = "each process loads the plugin"
 _MANAGED = "the manager has all that is called on it"
 _RENAMED = "a model's renames, which are undone"
+_QUESTIONS = "the workers are asked before and after it"
 _REPLACED = "replaced"
 _SHARDED = "what a rank has, and what all have together"
 _SIZES = "self.output_partition_sizes; self.input_size_per_partition; self.bias"
@@ -437,11 +438,13 @@ SEAMS = (
     Seam(
         _CORE,
         "EngineCore.__init__",
-        "self.vllm_config; self.model_executor; self.scheduler",
+        "self.vllm_config; self.model_executor; self.scheduler; self.batch_queue",
         "read once it is made",
     ),
     Seam(_CORE, "EngineCore", "def add_request(self, request, *_)", _REPLACED),
     Seam(_CORE, "EngineCoreProc._handle_client_request", "self.add_request(_, _)", "reaches it"),
+    Seam(_CORE, "EngineCore.step", "self.scheduler.schedule(_)", _QUESTIONS),
+    Seam(_CORE, "EngineCore.step_with_batch_queue", "self.scheduler.schedule(_)", _QUESTIONS),
     Seam(
         _SCHEDULER,
         "Scheduler",

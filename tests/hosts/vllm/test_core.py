@@ -1,14 +1,19 @@
 """Requests that wait until their own adapter is read."""
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import SimpleNamespace
+from typing import Any
 
 from flora.hosts.vllm.core import Arrivals
 from tests import zoo
 from tests.hosts.vllm.script import run_script
 from tests.hosts.vllm.test_engine import HEADS
 
-SLOW = """
+MANY = 24
+"""More than there may be questions on their way between an engine and its worker."""
+
+IN_TURN = """
 import json, os, sys
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
                "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_PLUGINS": "flora"}
@@ -18,13 +23,17 @@ from vllm.lora.request import LoRARequest
 def read_slowly(worker):
     import time
     reader = worker.model_runner.lora_manager._reader
-    read = reader._read
+    reader.as_ever = reader._read
 
     def slow(request):
         time.sleep(3)
-        return read(request)
+        return reader.as_ever(request)
 
     reader._read = slow
+
+def read_as_ever(worker):
+    reader = worker.model_runner.lora_manager._reader
+    reader._read = reader.as_ever
 
 model, *folders = sys.argv[1:]
 engine = LLMEngine.from_engine_args(EngineArgs(
@@ -46,6 +55,8 @@ for lora in adapters:
     ended(one=lora)  # the last ones leave no room for the first
 engine.collective_rpc(read_slowly)
 found = ended(own=adapters[0], base=None)
+engine.collective_rpc(read_as_ever)
+found.append(len(ended(**{f"row{number}": lora for number, lora in enumerate(adapters)})))
 engine.engine_core.shutdown()
 print(json.dumps(found))
 """
@@ -55,64 +66,81 @@ def request(number: int, name: str = "good") -> SimpleNamespace:
     return SimpleNamespace(lora_name=name, lora_int_id=number)
 
 
-class Workers:
-    """What workers say of the adapters that they have read, by number."""
+class Worker:
+    """What a worker says of the adapters that it has read, by number."""
 
     def __init__(self) -> None:
         self.read: set[int] = set()
-        self.asked: list[int] = []
+        self.asked: list[list[int]] = []
 
-    def ask(self, lora: SimpleNamespace) -> Future[list[bool]]:
-        self.asked.append(lora.lora_int_id)
-        answer: Future[list[bool]] = Future()
-        if lora.lora_name == "bad":
-            answer.set_exception(RuntimeError("no such folder"))
-        else:
-            answer.set_result([lora.lora_int_id in self.read])
+    def ask(self, loras: Sequence[SimpleNamespace]) -> Future[list[list[bool | str]]]:
+        self.asked.append([lora.lora_int_id for lora in loras])
+        answer: Future[list[list[bool | str]]] = Future()
+        lost = {lora.lora_int_id for lora in loras if lora.lora_name == "bad"}
+        found = ["no such folder" if n in lost else n in self.read for n in self.asked[-1]]
+        answer.set_result([found])
         return answer
 
 
-def test_a_request_begins_once_its_own_adapter_is_read():
-    workers, handled = Workers(), []
+def scheduler(worker: Worker, **options: Any) -> tuple[Callable[..., list[bool]], list[str]]:
+    """A function that says of waiting requests which of them begin, and those that failed."""
     failed: list[str] = []
-    arrivals = Arrivals(workers.ask, 2)
-    can_begin = arrivals.before(lambda r: handled.append(r) or True, fail=failed.append)
-    slow, other, base, lost = (
-        SimpleNamespace(lora_request=lora, request_id=name)
-        for name, lora in (
-            ("slow", request(1)),
-            ("other", request(2)),
-            ("base", None),
-            ("lost", request(3, "bad")),
-        )
-    )
-    workers.read = {2}
-    assert [can_begin(each) for each in (slow, other, base)] == [False, False, True]
-    assert [can_begin(each) for each in (slow, other, base)] == [False, True, True]
-    workers.read = {1, 2}
-    assert not can_begin(slow)
-    assert can_begin(slow)
-    assert handled == [base, other, base, slow]
-    assert [can_begin(lost), can_begin(lost), can_begin(other)] == [False, False, True]
-    assert failed == ["lost"]
+    arrivals = Arrivals(worker.ask, 2, **options)
+    can_begin = arrivals.before(lambda _: True, fail=failed.append)
+    return arrivals.around(lambda *requests: [can_begin(each) for each in requests]), failed
+
+
+def waiting(name: str, lora: SimpleNamespace | None) -> SimpleNamespace:
+    return SimpleNamespace(lora_request=lora, request_id=name)
+
+
+SLOW, OTHER, BASE, LOST = (
+    waiting("slow", request(1)),
+    waiting("other", request(2)),
+    waiting("base", None),
+    waiting("lost", request(3, "bad")),
+)
+
+
+def test_a_request_begins_once_its_own_adapter_is_read():
+    worker = Worker()
+    schedule, failed = scheduler(worker, runs_meanwhile=False)
+    assert schedule(SLOW, OTHER, BASE) == [False, False, True]
+    assert worker.asked == [[1, 2]]
+    worker.read = {2}  # while the step ran
+    assert schedule(SLOW, OTHER, BASE) == [False, True, True]
+    assert worker.asked == [[1, 2], [1, 2], [1]]
+    worker.read = {1, 2}
+    assert schedule(SLOW) == [True]
+    assert [schedule(LOST), schedule(LOST, OTHER), failed] == [[False], [False, True], ["lost"]]
+
+
+def test_a_worker_that_runs_is_not_waited_for():
+    worker = Worker()
+    schedule, _ = scheduler(worker, runs_meanwhile=True)
+    assert schedule(SLOW) == [False]
+    worker.read = {1}
+    assert schedule(SLOW) == [False]  # as it was before the step
+    assert schedule(SLOW) == [True]
+    assert worker.asked == [[1], [1]]
 
 
 def test_of_late_adapters_nobody_is_asked():
-    workers = Workers()
-    workers.read = {1, 2, 3}
-    arrivals = Arrivals(workers.ask, 2)
+    worker = Worker()
+    worker.read = {1, 2, 3}
+    schedule, _ = scheduler(worker, runs_meanwhile=False)
     for number in (1, 2, 1, 2, 3, 2):
-        while not arrivals.has(request(number)):
+        while schedule(waiting("", request(number))) != [True]:
             pass
-    assert workers.asked == [1, 2, 3]
-    assert not arrivals.has(request(1))
+    assert worker.asked == [[1], [1], [2], [2], [3], [3]]
+    assert schedule(waiting("", request(1))) == [False]
 
 
 def test_an_engine_in_a_process_of_its_own_answers_others_meanwhile(tmp_path):
     """It loads plugins once it has begun to be made."""
     model = zoo.build("Llama", **HEADS)
     model.save_pretrained(tmp_path / "model")
-    folders = [tmp_path / str(seed) for seed in range(3)]
+    folders = [tmp_path / str(seed) for seed in range(MANY)]
     for seed, folder in enumerate(folders):
         zoo.make_adapter("lora", model, folder, seed)
-    assert run_script(SLOW, tmp_path / "model", *folders) == ["base", "own"]
+    assert run_script(IN_TURN, tmp_path / "model", *folders) == ["base", "own", MANY]
