@@ -11,8 +11,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 Task = Callable[[Any], Any]
 
 
@@ -31,16 +29,15 @@ def main() -> None:
         answer(work(json.loads(line)))
 
 
-def engine(
-    options: dict[str, Any], prompts: list[list[int]], new_tokens: int
-) -> tuple[Task, int | None]:
+def engine(options: dict[str, Any], prompts: list[list[int]], new_tokens: int) -> tuple[Task, str]:
     """An engine that answers the prompts, all at once, each time that it is asked.
 
     options: of `LLM`.
     prompts: token ids.
 
     A task is each row's adapter, `[name, number, folder]`, or None for the base; its answer are the
-    rows' new tokens. With it comes how many threads the model computes in, on a CPU.
+    rows' new tokens. A number as a task has the product of each linear layer taken of so many
+    tokens, once, as the model takes it. With the task comes the type of the model's device.
     """
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for a function to the engine's process
     from vllm import LLM, SamplingParams
@@ -52,17 +49,37 @@ def engine(
         temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
     )
 
-    def generate(adapters: list[list[Any] | None]) -> list[list[int]]:
-        requests = [adapter and LoRARequest(*adapter) for adapter in adapters]
+    def work(task: list[list[Any] | None] | int) -> list[list[int]] | None:
+        if isinstance(task, int):
+            llm.collective_rpc(_take_products, args=(task,))
+            return None
+        requests = [adapter and LoRARequest(*adapter) for adapter in task]
         outputs = llm.generate(rows, sampling, lora_request=requests, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    threads: list[int | None] = llm.collective_rpc(_threads)
-    return generate, threads[0]
+    devices: list[str] = llm.collective_rpc(_device)
+    return work, devices[0]
 
 
-def _threads(worker: Any) -> int | None:
-    return torch.get_num_threads() if worker.device.type == "cpu" else None
+def _device(worker: Any) -> str:
+    kind: str = worker.device.type
+    return kind
+
+
+def _take_products(worker: Any, tokens: int) -> None:
+    """The product of each linear layer but the head, by vLLM's own kernels and threads."""
+    import torch
+    from vllm.model_executor.layers.linear import LinearBase
+
+    runner = worker.model_runner
+    layers = [layer for layer in runner.model.modules() if isinstance(layer, LinearBase)]
+    with torch.inference_mode():
+        inputs = {
+            width: torch.randn(tokens, width, dtype=runner.dtype, device=worker.device)
+            for width in {layer.input_size_per_partition for layer in layers}
+        }
+        for layer in layers:
+            layer.quant_method.apply(layer, inputs[layer.input_size_per_partition], None)
 
 
 def client() -> Task:

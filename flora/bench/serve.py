@@ -18,7 +18,7 @@ from flora.base import ModelBase
 from flora.bench.adapters import BASE, Spec
 from flora.bench.environment import vllm_version
 from flora.bench.generate import facts_of
-from flora.bench.limit import Further, Load, Size, products, sizes_of
+from flora.bench.limit import Further, Load, Size, sizes_of
 from flora.bench.processes import BASE_MODEL, IDLE_SECONDS, Server, Worker
 from flora.bench.systems import SYSTEMS, Engine, engine_options, engines_of
 from flora.bench.turns import check_systems, measure_in_turns, speed_ratio
@@ -37,10 +37,11 @@ Run = Callable[[], Figures]
 
 
 class Started(NamedTuple):
-    """A system's runs, one for each of its mixes, and on a CPU, offline, the threads it takes."""
+    """A system's runs, one for each of its mixes, and on a CPU, offline, a function that takes the
+    product of each layer once, of as many tokens as it is told."""
 
     runs: Sequence[Run]
-    threads: int | None = None
+    take_products: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +118,13 @@ def measure(
         def sizes(spec: Spec) -> dict[str, Size]:
             return sizes_of(spec.adapter(written.base, 0).layers, written.base)
 
-        (base_run, *_), threads = start(engines[0])
+        (base_run, *_), take_products = start(engines[0])
         beside: dict[str, Beside] = {}
         for engine in engines[1:]:
             for (number, names), own in zip(engine.mixes.items(), start(engine).runs, strict=True):
                 facts = {"kind": None, "rank": None} if number is None else facts_of(mixes[number])
                 further = None
-                if threads and number is not None:
+                if take_products and number is not None:
                     made = {name: sizes(specs[name][0]) for name in names if name}
                     rows = [names[row % len(names)] for row in range(load.rows)]
                     further = Further.of(made, rows, load, written.base)
@@ -135,8 +136,8 @@ def measure(
         more = {tokens for own in beside.values() if own.further for tokens in own.further.products}
         of_tokens = {tokens: f"products of {tokens} tokens" for tokens in more}
         runs: dict[str, Callable[[], None]] = dict(beside)
-        for tokens, name in of_tokens.items():
-            runs[name] = partial(_in_threads, threads, products(written.base, tokens))
+        if take_products:
+            runs |= {name: partial(take_products, tokens) for tokens, name in of_tokens.items()}
         seconds = measure_in_turns(runs, repeats=repeats, after_turn=after_turn)
     settings = asdict(load) | {"dtype": written.dtype, "eager": eager, "vllm": vllm}
     settings |= {"load": "offline"} if traffic is None else {"load": "online"} | asdict(traffic)
@@ -211,16 +212,6 @@ def summary(own: Sequence[Figures], base: Sequence[Figures]) -> Figures:
     return figures | {"ratio_to_base": speed_ratio(own_times, base_times)}
 
 
-def _in_threads(threads: int | None, run: Callable[[], None]) -> None:
-    """A run in as many threads as an engine has; None for as many as there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        run()
-    finally:
-        torch.set_num_threads(before)
-
-
 def _offline(
     options: dict[str, Any], written: Written, load: Load, stack: ExitStack, engine: Engine
 ) -> Started:
@@ -228,7 +219,7 @@ def _offline(
     worker = stack.enter_context(Worker(f"the engine {engine.name}", engine.system))
     generator = torch.Generator().manual_seed(0)
     size = load.rows, load.prompt_tokens
-    threads = worker.ask(
+    device = worker.ask(
         {
             "options": options | engine.options,
             "prompts": torch.randint(written.vocabulary, size, generator=generator).tolist(),
@@ -250,7 +241,7 @@ def _offline(
             for name in names
         ]
         runs.append(partial(run, [adapters[row % len(adapters)] for row in range(load.rows)]))
-    return Started(runs, threads)
+    return Started(runs, worker.ask if device == "cpu" else None)
 
 
 def _online(

@@ -146,8 +146,8 @@ def test_engines_in_turns(tmp_path, monkeypatch):
     ]
     assert {r["load"] for r in records} == {"offline"}
     assert all("ratio_to_limit" in r for r in records if r["kind"])
-    threads, answers = answers[:4], answers[4:]
-    assert len({*threads}) == 1
+    assert {*answers[:4]} == {"cpu"}
+    answers = [answer for answer in answers[4:] if answer]  # and none of W0's products alone
     assert answers[12:] == answers[:12]
     # Each run of a system with one of the base in front.
     (base, *others), (unused, flora, mixed, *loras) = answers[0:12:2], answers[1:12:2]
