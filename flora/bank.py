@@ -27,6 +27,10 @@ memory is only taken as it is written to."""
 TIGHT = 1.04
 """The same where memory is taken at once: little of it idle, few moves."""
 
+SPARSE = 0.75
+"""A pool of which more is free moves to less memory. Not soon: where adapters of many kinds come
+and go, those of one kind are now more, now fewer, and a step waits for each move."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
@@ -421,7 +425,7 @@ class _Pool:
     def drop(self, identity: str) -> None:
         if span := self.held.pop(identity, None):
             self.left += span.pages.tolist()
-        if 2 * (len(self.free) + len(self.left)) > self.capacity:
+        if len(self.free) + len(self.left) > SPARSE * self.capacity:
             self.compact()
 
     def lay(
@@ -458,9 +462,9 @@ class _Pool:
         return pages
 
     def compact(self) -> None:
-        """Move the held pages to new tensors that have room for nothing else."""
+        """Move the held pages to new tensors, which take no more memory than these."""
         held = [page for span in self.held.values() for page in span.pages.tolist()]
-        self._move(len(held), held)
+        self._move(self._room_for(len(held)), held)
         first = 0
         for identity, span in self.held.items():
             last = first + len(span.pages)
@@ -468,12 +472,15 @@ class _Pool:
             first = last
         self.capacity, self.free = len(held), []
 
+    def _room_for(self, pages: int) -> int:
+        """The room of new tensors for so many pages that are held."""
+        return int(pages * RESERVE.get(self.tensors[0].device.type, TIGHT))
+
     def _extend(self, more: int) -> None:
         """Take so many more pages; none that is held moves within its tensor."""
         old, new = self.capacity, self.capacity + more
         if new > len(self.tensors[0]):
-            reserve = RESERVE.get(self.tensors[0].device.type, TIGHT)
-            self._move(int(new * reserve), slice(old))
+            self._move(self._room_for(new), slice(old))
         # From the back, so that pages are given in order.
         self.free[:0] = reversed(range(old, new))
         self.capacity = new

@@ -354,6 +354,28 @@ def test_a_full_budget_does_not_move_the_pools():
     assert_holds(bank, [adapter(str(n), pairs=2) for n in range(16, 20)])
 
 
+def test_a_pool_stays_where_adapters_are_now_more_now_fewer():
+    """With room again, once it has moved to less."""
+    bank = AdapterBank(specs())
+
+    def fill(first, last):
+        for n in range(first, last):
+            bank.load(adapter(str(n), pairs=2))
+
+    fill(0, 16)
+    tensors = pool_of(bank).tensors
+    for n in range(11):
+        bank.unload(str(n))
+    fill(16, 27)
+    assert pool_of(bank).tensors is tensors
+    for n in range(11, 24):
+        bank.unload(str(n))
+    tensors = pool_of(bank).tensors
+    assert pool_of(bank).capacity == 2 * 3
+    fill(27, 30)
+    assert pool_of(bank).tensors is tensors
+
+
 def test_layers_of_one_size_share_their_pools():
     """So an adapter comes with few copies, and what one layer leaves another one takes."""
     bank = AdapterBank(specs())

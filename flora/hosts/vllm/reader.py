@@ -26,7 +26,7 @@ class Reader(Generic[T]):
     def __init__(self, read: Callable[["LoRARequest"], T], *, aside: bool, kept: int) -> None:
         self._read, self._kept = read, kept
         self._thread = aside and ThreadPoolExecutor(
-            1, "flora-reader", initializer=_leave_the_engines_core
+            1, "flora-reader", initializer=_leave_the_engines_cores
         )
         self._coming: OrderedDict[int, Future[T]] = OrderedDict()
 
@@ -70,7 +70,10 @@ class Reader(Generic[T]):
         return found
 
 
-def _leave_the_engines_core() -> None:
-    """vLLM binds the thread that computes to one core, and what that starts inherits it."""
+def _leave_the_engines_cores() -> None:
+    """vLLM binds each thread that computes to a core, and what such a one starts inherits it."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+        cores = os.sched_getaffinity(os.getppid())
+        threads = (os.sched_getaffinity(int(name)) for name in os.listdir("/proc/self/task"))
+        bound = set().union(*(own for own in threads if own != cores))
+        os.sched_setaffinity(0, cores - bound or cores)
