@@ -5,9 +5,10 @@ The ranks of a sharded model read together, in their loop, and there nothing is 
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import wraps
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -53,10 +54,17 @@ def _hold_back(engine: Any) -> None:
         )
         return future
 
+    def used(step: Any) -> set[int]:
+        loras = (scheduler.requests[name].lora_request for name in step.num_scheduled_tokens)
+        return {lora.lora_int_id for lora in loras if lora is not None}
+
     arrivals = Arrivals(
-        ask, config.lora_config.max_cpu_loras, runs_meanwhile=engine.batch_queue is not None
+        ask,
+        slots=config.lora_config.max_loras,
+        capacity=config.lora_config.max_cpu_loras,
+        runs_meanwhile=engine.batch_queue is not None,
     )
-    scheduler.schedule = arrivals.around(scheduler.schedule)
+    scheduler.schedule = arrivals.around(scheduler.schedule, used=used)
     scheduler._handle_blocked_waiting_request = arrivals.before(
         scheduler._handle_blocked_waiting_request,
         # Whatever it is in stands for: the scheduler ends these with an error.
@@ -68,22 +76,29 @@ class Arrivals:
     """The adapters of requests that wait, of which the worker is asked once a step, of all at once:
     it and the engine would wait for each other if there were many questions on their way.
 
-    capacity:       adapters that a worker holds.
-    runs_meanwhile: whether a worker runs a step while the next one is scheduled.
-    late:           adapters that requests began with, the last ones last: workers hold them, as
-                    long as they leave in this order; one that has left all the same is read within
-                    its step.
+    slots:          adapters that a step may use; it is asked of so many, and reads no more ahead.
+    capacity:       adapters that the worker holds.
+    runs_meanwhile: whether the worker runs a step while the next one is scheduled.
+    late:           the adapters that steps used last, in the order in which the worker has them
+                    leave. One that has left all the same, for others that are pinned or for want of
+                    bytes, is read within its step.
     """
 
-    def __init__(self, ask: Ask, capacity: int, *, runs_meanwhile: bool) -> None:
-        self.ask, self.capacity, self.runs_meanwhile = ask, capacity, runs_meanwhile
+    def __init__(self, ask: Ask, *, slots: int, capacity: int, runs_meanwhile: bool) -> None:
+        self.ask, self.slots, self.capacity = ask, slots, capacity
+        self.runs_meanwhile = runs_meanwhile
         self.late: OrderedDict[int, None] = OrderedDict()
         self._waiting: dict[int, LoRARequest] = {}
         self._asked: Future[list[list[Answer]]] | None = None
         self._answers: dict[int, Answer] = {}
 
-    def around(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
-        """The scheduler's making of a step, with the questions around it."""
+    def around(
+        self, schedule: Callable[..., Any], *, used: Callable[[Any], Iterable[int]]
+    ) -> Callable[..., Any]:
+        """The scheduler's making of a step, with the questions around it.
+
+        used: the numbers of a step's adapters.
+        """
 
         @wraps(schedule)
         def scheduled(*args: Any, **kwargs: Any) -> Any:
@@ -93,6 +108,8 @@ class Arrivals:
             if self._asked is not None:
                 self._answers = dict(zip(waiting, self._asked.result()[0], strict=True))
             step = schedule(*args, **kwargs)
+            self._have_used(used(step))
+            self._waiting = dict(islice(self._waiting.items(), self.slots))
             self._asked = self.ask([*self._waiting.values()]) if self._waiting else None
             self._answers.clear()
             return step
@@ -122,15 +139,20 @@ class Arrivals:
     def _has(self, lora: "LoRARequest") -> Answer:
         """Whether a step with this adapter would not wait for it; if not, it is asked for."""
         number = lora.lora_int_id
-        answer = number in self.late or self._answers.get(number, False)
-        if answer is True:
+        if number in self.late:
+            return True
+        answer = self._answers.get(number, False)
+        if isinstance(answer, bool):
+            self._waiting[number] = lora  # also where it was read: it may not begin now
+        return answer
+
+    def _have_used(self, numbers: Iterable[int]) -> None:
+        for number in sorted(numbers):
+            self._waiting.pop(number, None)
             self.late[number] = None
             self.late.move_to_end(number)
-            if len(self.late) > self.capacity:
-                self.late.popitem(last=False)
-        elif not answer:
-            self._waiting[number] = lora
-        return answer
+        while len(self.late) > self.capacity:
+            self.late.popitem(last=False)
 
 
 def _are_read(worker: Any, loras: Sequence["LoRARequest"]) -> list[Answer]:

@@ -68,7 +68,7 @@ class AdapterManager:
         self._sizes: dict[int, int] = {}
         self._pinned: set[int] = set()
         self._identities: dict[int, str] = {}
-        self._held: set[str] = set()
+        self._held: list[str] = []
         self._roster: BatchAdapters | None = None
         self._laid: LaidAdapters | None = None  # the roster's, where layers have programs
         self._steps: OrderedDict[tuple[int, ...], Step | None] = OrderedDict()
@@ -88,7 +88,8 @@ class AdapterManager:
         # While a step runs, no kind may ask for a layer's own product, nor ranks for each other's.
         readable = all(part.weight is not None for part in self.base.parts.values())
         aside = readable and not self.base.is_sharded
-        self._reader = Reader(self._read, aside=aside, kept=self.slots)
+        # Those of a step, and those that are asked for meanwhile.
+        self._reader = Reader(self._read, aside=aside, kept=2 * self.slots)
         return model
 
     def supports_tower_connector_lora(self) -> bool:
@@ -173,11 +174,12 @@ class AdapterManager:
         if mapping.type is LoRAMappingType.TOWER:
             self.items.step = self._step(numbers)
             return
-        used = set(numbers) - {0}
-        self._hold({self._identities[n] for n in used if n in self._identities})
-        for number in used - self._identities.keys():
-            self._make_resident(number)
-            self._hold(self._held | {self._identities[number]})
+        used = sorted(set(numbers) - {0})
+        self._hold(n for n in used if n in self._identities)
+        for number in used:
+            if number not in self._identities:
+                self._make_resident(number)
+                self._hold(n for n in used if n in self._identities)
         self.current.step, self.items.step = self._step(numbers), None
 
     def _step(self, numbers: tuple[int, ...]) -> Step | None:
@@ -224,13 +226,14 @@ class AdapterManager:
         self._laid = None
         self._steps.clear()
 
-    def _hold(self, identities: set[str]) -> None:
-        """Keep these from being evicted, and no longer those of the last step."""
-        for identity in identities - self._held:
+    def _hold(self, numbers: Iterable[int]) -> None:
+        """Keep these from being evicted, and no longer those of before; of all that are resident
+        they are used last, in this order (which `Arrivals` goes by)."""
+        before, self._held = self._held, list(dict.fromkeys(self._identities[n] for n in numbers))
+        for identity in self._held:
             self.bank.acquire(identity)
-        for identity in self._held - identities:
+        for identity in before:
             self.bank.release(identity)
-        self._held = identities
 
     def _read(self, request: LoRARequest) -> Loaded:
         try:

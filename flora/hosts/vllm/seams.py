@@ -457,6 +457,8 @@ SEAMS = (
         "ready_to_schedule = self._handle_blocked_waiting_request(request)",
         "a request whose adapter is being read is left out of the step",
     ),
+    Seam(_SCHEDULER, "Scheduler.__init__", "self.requests: dict[str, Request] = _", "by name"),
+    Seam("v1/core/sched/output.py", "SchedulerOutput", "num_scheduled_tokens: _", "whose they are"),
     Seam(
         _SCHEDULER,
         "Scheduler.update_from_output",
