@@ -170,7 +170,8 @@ SCHEMES = {
     "fp8": Scheme(
         fp8,
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": BLOCK},
-        sizes=HEADS | {"intermediate_size": 128},
+        # vLLM's kernel fails by itself where a base's row has a bias that is not of fp32.
+        sizes=HEADS | {"intermediate_size": 128, "attention_bias": False},
         runs_here=torch.cpu._is_amx_tile_supported,
     ),
     "gptq": Scheme(
