@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -72,8 +73,13 @@ class Reader(Generic[T]):
 
 def _leave_the_engines_cores() -> None:
     """vLLM binds each thread that computes to a core, and what such a one starts inherits it."""
-    if hasattr(os, "sched_setaffinity"):
-        cores = os.sched_getaffinity(os.getppid())
-        threads = (os.sched_getaffinity(int(name)) for name in os.listdir("/proc/self/task"))
-        bound = set().union(*(own for own in threads if own != cores))
-        os.sched_setaffinity(0, cores - bound or cores)
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = os.sched_getaffinity(os.getppid())
+    free = set(cores)
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended since
+            own = os.sched_getaffinity(int(thread))
+            if own != cores:
+                free -= own
+    os.sched_setaffinity(0, free or cores)

@@ -1,6 +1,8 @@
 """Scripts that import vLLM, which changes much of what others in one process would see."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -11,10 +13,16 @@ TIMEOUT_SECONDS = 240.0
 
 
 def run_script(script: str, *arguments: Any) -> Any:
-    """What a script prints last, as JSON."""
+    """What a script prints last, as JSON; it and what it started end in time."""
     pytest.importorskip("vllm")
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-    if done.returncode:
-        raise AssertionError(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        try:
+            output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise AssertionError(f"{output[-2000:]}\n{errors[-4000:]}")
+    return json.loads(output.splitlines()[-1])
