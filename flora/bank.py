@@ -462,7 +462,7 @@ class _Pool:
         return pages
 
     def compact(self) -> None:
-        """Move the held pages to new tensors, which take no more memory than these."""
+        """Move the held pages to new tensors, with the room that growing ones have."""
         held = [page for span in self.held.values() for page in span.pages.tolist()]
         self._move(self._room_for(len(held)), held)
         first = 0

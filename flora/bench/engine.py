@@ -74,8 +74,8 @@ def _take_products(worker: Any, tokens: int) -> None:
     runner = worker.model_runner
     layers = [layer for layer in runner.model.modules() if isinstance(layer, LinearBase)]
     with torch.inference_mode():
-        inputs = {
-            width: torch.randn(tokens, width, dtype=runner.dtype, device=worker.device)
+        inputs = {  # not drawn: that would be timed as well
+            width: torch.ones(tokens, width, dtype=runner.dtype, device=worker.device)
             for width in {layer.input_size_per_partition for layer in layers}
         }
         for layer in layers:

@@ -9,6 +9,7 @@ from flora.hosts.vllm.core import Arrivals
 from tests import zoo
 from tests.hosts.vllm.script import run_script
 from tests.hosts.vllm.test_engine import HEADS
+from tests.hosts.vllm.test_reader import request
 
 MANY = 24
 """More than there may be questions on their way between an engine and its worker."""
@@ -72,10 +73,6 @@ found.append(engine.collective_rpc(waited))
 engine.engine_core.shutdown()
 print(json.dumps(found))
 """
-
-
-def request(number: int, name: str = "good") -> SimpleNamespace:
-    return SimpleNamespace(lora_name=name, lora_int_id=number)
 
 
 class Worker:
