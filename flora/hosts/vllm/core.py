@@ -70,6 +70,7 @@ def _hold_back(engine: Any) -> None:
         # Whatever it is in stands for: the scheduler ends these with an error.
         fail=scheduler.encoder_cache_mismatch_reqs.add,
     )
+    executor.remove_lora = arrivals.without(executor.remove_lora)
 
 
 class Arrivals:
@@ -135,6 +136,17 @@ class Arrivals:
             return answer and handle(request)
 
         return can_begin
+
+    def without(self, remove: Callable[[int], bool]) -> Callable[[int], bool]:
+        """The executor's removal of an adapter by its number: the same one may come again, and is
+        read again then."""
+
+        @wraps(remove)
+        def removed(number: int) -> bool:
+            self.late.pop(number, None)
+            return remove(number)
+
+        return removed
 
     def _has(self, lora: "LoRARequest") -> Answer:
         """Whether a step with this adapter would not wait for it; if not, it is asked for."""

@@ -443,6 +443,7 @@ SEAMS = (
     ),
     Seam(_CORE, "EngineCore", "def add_request(self, request, *_)", _REPLACED),
     Seam(_CORE, "EngineCoreProc._handle_client_request", "self.add_request(_, _)", "reaches it"),
+    Seam(_CORE, "EngineCore.remove_lora", "self.model_executor.remove_lora(_)", "reaches it"),
     Seam(_CORE, "EngineCore.step", "self.scheduler.schedule(_)", _QUESTIONS),
     Seam(_CORE, "EngineCore.step_with_batch_queue", "self.scheduler.schedule(_)", _QUESTIONS),
     Seam(

@@ -93,8 +93,11 @@ class Worker:
 
 def scheduler(worker: Worker, **options: Any) -> tuple[Callable[..., list[Any]], list[str]]:
     """A function that says of waiting requests which of them begin, and those that failed."""
+    return scheduler_of(Arrivals(worker.ask, slots=2, capacity=2, **options))
+
+
+def scheduler_of(arrivals: Arrivals) -> tuple[Callable[..., list[Any]], list[str]]:
     failed: list[str] = []
-    arrivals = Arrivals(worker.ask, slots=2, capacity=2, **options)
     can_begin = arrivals.before(lambda _: True, fail=failed.append)
 
     def schedule(*requests: SimpleNamespace) -> list[SimpleNamespace]:
@@ -160,6 +163,18 @@ def test_of_late_adapters_nobody_is_asked():
             pass
     assert worker.asked == [[1], [1], [2], [2], [3], [3]]
     assert not schedule(waiting("", request(1)))
+
+
+def test_a_removed_adapter_is_asked_for_again():
+    worker = Worker()
+    worker.read = {1}
+    arrivals = Arrivals(worker.ask, slots=2, capacity=2, runs_meanwhile=False)
+    schedule, _ = scheduler_of(arrivals)
+    assert [schedule(SLOW), schedule(SLOW)] == [[], [SLOW]]
+    assert arrivals.without(lambda number: number == 1)(1)
+    worker.read = set()
+    assert [schedule(SLOW), schedule(SLOW)] == [[], []]
+    assert worker.asked[2:] == [[1], [1], [1]]
 
 
 def test_an_engine_in_a_process_of_its_own_answers_others_meanwhile(tmp_path):
