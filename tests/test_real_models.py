@@ -67,10 +67,7 @@ def test_each_row_of_a_real_model_has_its_own_adapter(name: str, tmp_path: Path)
     plain, truth, alone = [], [], []
     for i, case in enumerate(NAMES):
         if case in CASES:
-            more = {}
-            if zoo.CASES[case].kind == "IA3":
-                more = {"feedforward_modules": [layers.rpartition("|")[2]]}
-            own = zoo.make_adapter(case, model, tmp_path / case, i, **settings, **more)
+            own = zoo.make_adapter(case, model, tmp_path / case, i, **settings)
         else:
             own = copy.deepcopy(model)
         row = row_of(inputs, i)

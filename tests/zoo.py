@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -148,7 +149,11 @@ def make_adapter(
     case = CASES[case] if isinstance(case, str) else case
     arguments: dict[str, Any] = {"target_modules": targets(model), **case.settings, **settings}
     if case.kind == "IA3" and "feedforward_modules" not in arguments:
-        arguments["feedforward_modules"] = feedforward(model, arguments["target_modules"])
+        names = arguments["target_modules"]
+        if isinstance(names, str):  # a pattern of whole names
+            found = (name for name in ModelBase(model).shapes if re.fullmatch(names, name))
+            names = {name.rpartition(".")[2] for name in found}
+        arguments["feedforward_modules"] = feedforward(model, names)
     base = copy.deepcopy(model)
     if case.kind in NO_CONV1D:
         replace_layers(base, Conv1D, partial(linear_of, dtype=base.dtype))

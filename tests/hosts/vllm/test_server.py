@@ -1,18 +1,22 @@
 """A real server with the plugin, asked by the openai client as its users ask it."""
 
 import json
+import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flora import assets
 from flora.adapters.checkpoint import TENSORS_FILE
 from flora.bench.processes import BASE_MODEL
 from tests import zoo
@@ -27,22 +31,29 @@ CASES = {name: name for name in NAMES} | {"changed hira": "hira", "changed loha"
 
 PROMPTS = [f"Question {i}: ab" for i in range(3)]
 NEW_TOKENS = 8
+
+REAL_PROMPTS = ["Once upon a time there was", "Rain fell on the tin roofs. " * 12 + "Then", "A red"]
+LAST_LAYERS = {"target_modules": r".*\.layers\.2[6-9]\..*\b(q_proj|o_proj|down_proj)"}
+"""Before other blocks random adapters make chaos, which lifts any rounding to the logits' size."""
 ADAPTER_BYTES = 1_600_000
 
 
-class TinyServer(Server):
-    """A server of a tiny model, and what models of the adapters' own answer."""
+class ZooServer(Server):
+    """A server of a model with an adapter of each case, and what models of their own answer.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.model = folder, save_tiny_model(folder / "model", 128)
-        self.base = AutoModelForCausalLM.from_pretrained(self.model)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+    settings: of the adapters.
+    """
+
+    def __init__(
+        self, folder: Path, model: Path, settings: Mapping[str, Any] = {}, **options: Any
+    ) -> None:
+        self.folder = folder
+        self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
         for seed, (name, case) in enumerate(CASES.items()):
-            zoo.make_adapter(case, self.base, folder / name, seed)
+            zoo.make_adapter(case, self.base, folder / name, seed, **settings)
         self.text = cache(self._text)
-        settings = json.dumps({"flora": {"adapter_bytes": ADAPTER_BYTES}})
-        modules = {name: folder / name for name in NAMES}
-        super().__init__(self.model, modules, additional_config=settings)
+        super().__init__(model, {name: folder / name for name in NAMES}, **options)
 
     def _text(self, name: str | None, prompt: str) -> str:
         model = self.base
@@ -72,9 +83,12 @@ class TinyServer(Server):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyServer]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ZooServer]:
     pytest.importorskip("vllm")
-    with TinyServer(tmp_path_factory.mktemp("server")) as server:
+    folder = tmp_path_factory.mktemp("server")
+    settings = json.dumps({"flora": {"adapter_bytes": ADAPTER_BYTES}})
+    model = save_tiny_model(folder / "model", 128)
+    with ZooServer(folder, model, additional_config=settings) as server:
         server.wait()
         yield server
 
@@ -154,6 +168,31 @@ def test_a_name_with_new_weights_never_meets_old_state(server, tmp_path):
 
 
 def test_the_yardstick_tells_adapters_apart(server):
-    names = (*CASES, None)
-    answers = {tuple(server.text(name, prompt) for prompt in PROMPTS) for name in names}
+    assert_each_has_its_own(server, PROMPTS, CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_a_real_model_is_served_in_any_mix(tmp_path, eager):
+    """Alone, beside others in any order, and with prompts that are taken in pieces."""
+    pytest.importorskip("vllm")
+    options = {"enforce_eager": eager, "max_num_batched_tokens": 48}
+    with ZooServer(tmp_path, assets.demo_model(), LAST_LAYERS, **options) as server:
+        asked = [(name, prompt) for prompt in REAL_PROMPTS for name in (*NAMES, None)]
+        expected = {row: server.text(*row) for row in asked}
+        told_apart = set(CASES) - {"vera"}  # which is small here; `drawn` is of its kind, too
+        assert_each_has_its_own(server, REAL_PROMPTS, told_apart)
+        server.wait(600)
+        for count in (1, 8, len(asked)):
+            random.Random(count).shuffle(asked)
+            with ThreadPoolExecutor(count) as pool:
+                found = pool.map(lambda row: server.complete(row[0] or BASE_MODEL, row[1]), asked)
+                assert dict(zip(asked, found, strict=True)) == expected
+
+
+def assert_each_has_its_own(
+    server: ZooServer, prompts: Sequence[str], cases: Collection[str]
+) -> None:
+    names = (*cases, None)
+    answers = {tuple(server.text(name, prompt) for prompt in prompts) for name in names}
     assert len(answers) == len(names)
