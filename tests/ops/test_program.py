@@ -22,6 +22,9 @@ from tests.ops.test_adapted_linear import (
 from tests.ops.test_merged import GROUPS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LINE = 64
+"""Bytes of a cache's line: of numbers that lie across lines AMX takes nearly twice as long."""
+
 _library = torch.library.Library("flora_test", "DEF")
 _library.define("product(Tensor(a!) to, Tensor x, Tensor? bias, Tensor weight) -> ()")
 _library.define("packed(Tensor(a!) to, Tensor x, Tensor weight, Tensor? bias, bool vnni) -> ()")
@@ -29,6 +32,7 @@ _library.define("packed(Tensor(a!) to, Tensor x, Tensor weight, Tensor? bias, bo
 
 @partial(_library.impl, "product", dispatch_key="CompositeExplicitAutograd")
 def _product(to: Tensor, x: Tensor, bias: Tensor | None, weight: Tensor) -> None:
+    assert x.data_ptr() % LINE == 0
     to.copy_(F.linear(x, weight, bias))
 
 

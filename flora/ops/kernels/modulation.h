@@ -126,12 +126,12 @@ void multiply_modulated(const Job& job, int64_t first_page, int64_t pages, const
     const int64_t rows = (even + kRows - 1) / kRows * kRows;
     const Tensor x = matrix(copies, count, I, I, job.dtype);
     torch::stable::parallel_for(0, (O + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
-      thread_local std::vector<T> modulated;
-      if (modulated.size() < static_cast<size_t>(rows * I)) modulated.resize(rows * I);
+      thread_local Scratch kept;
+      T* modulated = static_cast<T*>(kept.get(rows * bytes));
       for (int64_t o = begin * rows; o < std::min(end * rows, O); o += rows) {
         const int64_t own = std::min(rows, O - o);
-        modulate_block(static_cast<const T*>(weight), pairs, o, own, modulated.data(), I);
-        multiply(x, matrix(modulated.data(), own, I, I, job.dtype), std::nullopt,
+        modulate_block(static_cast<const T*>(weight), pairs, o, own, modulated, I);
+        multiply(x, matrix(modulated, own, I, I, job.dtype), std::nullopt,
                  matrix(static_cast<T*>(to) + o, count, own, stride, job.dtype));
       }
     });

@@ -103,14 +103,13 @@ struct Layer {
   }
 };
 
-// Memory for one use until the next: what is new takes longer to get than to fill.
+// Memory that a thread keeps for one use: what is new takes longer to get than to fill.
 template <int Use>
 Tensor scratch(int64_t rows, int64_t columns, int64_t dtype) {
-  thread_local std::vector<char> kept;
+  thread_local Scratch kept;
   const int64_t bytes = rows * columns * bytes_of(dtype);
   if (bytes > kScratch) return empty({rows, columns}, kNumbers[dtype]);
-  if (static_cast<int64_t>(kept.size()) < bytes) kept.resize(bytes);
-  return matrix(kept.data(), rows, columns, columns, dtype);
+  return matrix(kept.get(bytes), rows, columns, columns, dtype);
 }
 
 inline char* at(const Tensor& tensor, int64_t bytes) {
