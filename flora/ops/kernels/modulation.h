@@ -6,7 +6,6 @@
 #include "product.h"
 
 #include <algorithm>
-#include <vector>
 
 namespace {
 
