@@ -32,16 +32,23 @@ SMALL_STEPS = {"max_num_batched_tokens": 48, "max_num_seqs": 24}
 
 
 def run(
-    folder: Path, model: Path, steps: list[Any], *, inductor: bool = False, **options: Any
+    folder: Path,
+    model: Path,
+    steps: list[Any],
+    *,
+    inductor: bool = False,
+    plugins: str = "flora",
+    **options: Any,
 ) -> list[Any]:
     """What an engine answers to each step.
 
     inductor: whether what is compiled is also run as in production, which takes minutes to make.
+    plugins:  of vLLM's, those that are loaded.
     """
     job, result = folder / "job.json", folder / "result.json"
     options = {"enable_lora": True, **SMALL_STEPS, **options}
     job.write_text(json.dumps({"model": str(model), "options": options, "steps": steps}))
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "VLLM_PLUGINS": plugins}
     environment["VLLM_CPU_CI_ENV"] = "0" if inductor else "1"
     if (ranks := options.get("tensor_parallel_size", 1)) > 1:  # a core each
         cores = sorted(os.sched_getaffinity(0))
@@ -116,6 +123,15 @@ def test_a_row_gets_the_tokens_of_a_model_of_its_own(own, tmp_path, options):
     steps = [{"generate": [own.row(*row) for row in rows]} for rows in batches()]
     found = run(tmp_path, own.model, steps, **options)
     assert found == [[own.tokens(*row) for row in rows] for rows in batches()]
+
+
+@pytest.mark.slow
+def test_they_are_also_those_of_vllms_own_lora(own, tmp_path):
+    """Where a slot is free, as base rows get another's weights otherwise."""
+    rows = [(name, length) for length in PROMPTS for name in ("lora", "rslora", None)]
+    step = {"generate": [own.row(*row) for row in rows]}
+    found = run(tmp_path, own.model, [step], plugins="", max_loras=4, **EAGER)
+    assert found == [[own.tokens(*row) for row in rows]]
 
 
 def test_an_engines_adapters_come_and_go(own, tmp_path):
