@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flora.ops import backend_name, costs
-from flora.ops.costs import forget_costs, layer_costs
+from flora.ops.costs import costs_for, forget_costs, layer_costs
+from flora.ops.plan import Costs
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,28 @@ def test_more_costs_more(dtype, grad):
     assert seconds[-1] > seconds[0]
     assert found.modulation >= 0
     assert found.of_modulation(200) >= found.of_modulation(1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "pairs", "tokens", "asked"),
+    [
+        ((0,), (8,), 1, False),
+        ((0,), (9,), 1, True),
+        ((0,) * 8, (2,), 1, True),
+        ((0,) * 8, (1,), 64, False),
+        ((0, 0, 1), (0, 3), 4, True),
+        ((0, 0, 1), (3, 0), 1, False),
+        (tuple(range(32)), (8,) * 32, 1, False),  # copies of all groups together do not count
+        ((), (16,), 64, False),
+        ((0,), (16,), 0, False),
+    ],
+)
+def test_costs_are_asked_for_where_a_group_may_be_worth_it(monkeypatch, rows, pairs, tokens, asked):
+    own = Costs(pair=1.0)
+    monkeypatch.setattr(costs, "layer_costs", lambda *_, **__: own)
+    weight = torch.randn(32, 48)
+    found = costs_for(rows, pairs, tokens=tokens, weight=weight, backend="auto", grad=False)
+    assert (found is own) == asked
 
 
 def test_costs_are_measured_once_and_kept(measured):
