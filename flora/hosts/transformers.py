@@ -9,12 +9,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
@@ -430,7 +430,7 @@ class AdaptedLayer:
         sizes = units, x_SNI.shape[1]
         if sizes not in call.steps:
             call.steps[sizes] = laid.adapters.step(*sizes)
-        return partial(layer.run, call.steps[sizes])
+        return layer.on(call.steps[sizes])
 
     def _prepare(self, x: Tensor, call: Call) -> Callable[[Tensor], Tensor]:
         """The layer as a function of x, for every x of this shape and type in this call."""
@@ -474,7 +474,7 @@ class AdaptedLayer:
 
         @wraps(base.forward)
         def forward(x: Tensor) -> Tensor:
-            if is_compiling():
+            if is_dynamo_compiling():
                 return traced(x)
             call = host.call if host.running else host.current_call()
             if call is None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flora.ops import Linear
 from flora.ops.costs import costs_for
 from flora.ops.cpu_kernels import DTYPES, POOLS
 from flora.ops.factors import LayersPages
@@ -66,14 +67,13 @@ class ModelLayer:
         self.number = self.fields.number = number
         self.fields.first, self.fields.count = first, len(parts)
 
-    def run(self, step: "LaidStep", x: Tensor) -> Tensor:
-        """y, `[..., out]`, of a step's rows.
+    def on(self, step: "LaidStep") -> Linear:
+        """The layer on a step's rows: x to y, `[..., out]`, for as long as layer and step live.
 
         x: `[..., in]`, contiguous or not, in the layer's type; its tokens in the order of the rows.
-
-        Raises ValueError for another type, or for other tokens.
+        It raises ValueError for another type, or for other tokens.
         """
-        return run_program(addressof(self.fields), step.at, x)
+        return partial(run_program, addressof(self.fields), step.at)
 
 
 class Running:

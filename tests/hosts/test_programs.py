@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import flora
-from flora.hosts import transformers as host_of
 from flora.hosts.transformers import HOST, AdaptedLayer, Host
-from flora.ops import costs
+from flora.ops import Linear, costs
+from flora.ops.model_layers import LaidStep, ModelLayer
 from flora.ops.plan import ACTIVATION_SIDE, WEIGHT_SIDE
 from tests import zoo
 
@@ -164,13 +164,13 @@ def test_layers_that_no_adapter_touches_are_their_own(tmp_path, monkeypatch):
     zoo.make_adapter("lora", base, tmp_path, **SOME)
     model, batch = flora.attach(base, {"own": tmp_path}), zoo.rows(base, 2)
     ran: list[str] = []
-    run = host_of.partial
+    on = ModelLayer.on
 
-    def note(function: Any, *args: Any) -> Any:
-        ran.append(function.__self__.slices[0].name.rpartition(".")[2])
-        return run(function, *args)
+    def note(layer: ModelLayer, step: LaidStep) -> Linear:
+        ran.append(layer.slices[0].name.rpartition(".")[2])
+        return on(layer, step)
 
-    monkeypatch.setattr(host_of, "partial", note)
+    monkeypatch.setattr(ModelLayer, "on", note)
     with torch.no_grad():
         model(**batch, adapter_names=["own", None])
     assert ran == ["q_proj", "down_proj"] * base.config.num_hidden_layers

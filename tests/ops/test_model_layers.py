@@ -124,7 +124,7 @@ class Model:
         for merged, compiled, layer in zip(found, self.alone, self.layers, strict=True):
             assert_right(merged, layer)
             assert_right(compiled(x, layer.bias).unflatten(0, units), layer)
-            assert_right(compiled.run(self.step, x_SNI), layer)
+            assert_right(compiled.on(self.step)(x_SNI), layer)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
