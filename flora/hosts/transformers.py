@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
@@ -474,7 +474,7 @@ class AdaptedLayer:
 
         @wraps(base.forward)
         def forward(x: Tensor) -> Tensor:
-            if is_dynamo_compiling():
+            if is_compiling():
                 return traced(x)
             call = host.call if host.running else host.current_call()
             if call is None:
