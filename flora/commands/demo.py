@@ -20,7 +20,8 @@ PROMPT = "# Sort a list"
 STEPS = 90
 REPORT_STEPS = 10
 ROW_TOKENS = 64
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 2e-2
+WARMUP_STEPS = 10
 ANSWER_TOKENS = 64
 REPETITION_PENALTY = 1.1
 CUT = "\ufffd"
@@ -151,7 +152,7 @@ def _train(
     """The trained adapters' folders by language, every row of each batch being another's."""
     from flora.commands.progress import progress
     from flora.training.data import Example, RowStream, collate, tokenize
-    from flora.training.trainer import JointTrainer, parse_recipe
+    from flora.training.trainer import JointTrainer, Schedule, parse_recipe
 
     rows = {
         language: [
@@ -163,10 +164,12 @@ def _train(
         for language, own in texts.items()
     }
     recipe = parse_recipe({"peft_type": "FLORA", "r": 1, "learning_rate": LEARNING_RATE})
+    # At a constant rate it depends on how the processor rounds which languages are learnt.
+    schedule = Schedule(name="cosine", warmup_steps=WARMUP_STEPS, steps=STEPS)
     start = time.perf_counter()
     recent: dict[str, deque[float]] = {name: deque(maxlen=REPORT_STEPS) for name in texts}
     console.print("mean loss  " + " ".join(f"{name:>7}" for name in texts))
-    with JointTrainer(base, dict.fromkeys(texts, recipe)) as trainer:
+    with JointTrainer(base, dict.fromkeys(texts, recipe), schedule=schedule) as trainer:
         with progress("training", STEPS) as advance:
             for step, batch in zip(range(1, 1 + STEPS), RowStream(rows, 1, seed=0), strict=False):
                 for name, loss in trainer.step(collate(batch, tokenizer.pad_token_id)).items():
