@@ -1,7 +1,8 @@
 """The operator: every backend and both sides of it against the definition, forward and backward."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -333,11 +334,17 @@ def test_a_large_weight_is_modulated_block_by_block(
         tokens=tokens,
         dtype=dtype,
     )
+    with torch.no_grad(), threads_of(threads):
+        assert_right(operator("cpu", weight=True)(layer), layer)
+
+
+@contextmanager
+def threads_of(count: int) -> Iterator[None]:
+    """So many threads for torch's operators."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(count)
     try:
-        with torch.no_grad():
-            assert_right(operator("cpu", weight=True)(layer), layer)
+        yield
     finally:
         torch.set_num_threads(before)
 

@@ -18,6 +18,7 @@ from tests.ops.test_adapted_linear import (
     assert_right,
     batch_factors,
     make_layer,
+    threads_of,
 )
 from tests.ops.test_merged import GROUPS
 
@@ -67,6 +68,30 @@ def test_a_layer_alone(dtype, pure, group, rows, tokens, bias, product):
         assert isinstance(linear, Program)
         wide = x.repeat(1, 1, 2)  # what it takes need not stand alone
         found = linear(wide[..., : x.shape[2]])
+    assert_right(found, layer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [2, 3])
+@given(
+    out_features=st.sampled_from([1, 63, 64, 65, 100, 257]),
+    rows=st.lists(st.integers(0, 2), min_size=1, max_size=9),
+    tokens=st.sampled_from([1, 15]),
+    turned=st.booleans(),
+)
+def test_threads_multiply_by_rows_of_their_own(dtype, threads, out_features, rows, tokens, turned):
+    """Fewer rows of W0 than for a thread each, more tokens than few; W0 as it lies in a Conv1D."""
+    groups = [None, {"pairs": 1}, {"pairs": 1, "rank": 2}]
+    layer = make_layer(
+        groups, rows, out_features=out_features, tokens=tokens, dtype=dtype, bias=False
+    )
+    if turned:
+        layer.weight = layer.weight.T.contiguous().T
+    with torch.no_grad(), threads_of(threads):
+        linear = front_door.prepare(
+            layer.x, WeightProduct(layer.weight), batch_factors(layer), rows, backend="cpu"
+        )
+        found = linear(layer.x)
     assert_right(found, layer)
 
 

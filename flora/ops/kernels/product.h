@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <optional>
@@ -25,6 +26,10 @@ constexpr torch::headeronly::ScalarType kTypes[] = {torch::headeronly::ScalarTyp
                                                     torch::headeronly::ScalarType::BFloat16,
                                                     torch::headeronly::ScalarType::Half};
 
+constexpr int64_t kFewTokens = 128;  // of which a product is mostly the reading of W0
+constexpr int64_t kUnit = 32;        // rows of W0 that stay together: whole lines of y
+constexpr int64_t kLeastUnits = 2;   // for which a second thread is worth waking
+
 // New memory, contiguous, of a type by torch's own number.
 Tensor empty(const std::vector<int64_t>& sizes, int32_t type) {
   std::vector<int64_t> strides(sizes.size(), 1);
@@ -33,6 +38,14 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t type) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(), type, aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
+}
+
+// Numbers of a tensor as a matrix, from its `first` one on.
+Tensor window(const Tensor& of, int64_t first, const std::array<int64_t, 2>& sizes,
+              const std::array<int64_t, 2>& strides) {
+  char* const at = static_cast<char*>(of.data_ptr()) + first * of.element_size();
+  return torch::stable::from_blob(at, {sizes.data(), 2}, {strides.data(), 2}, kCpu,
+                                  of.scalar_type());
 }
 
 // Memory as a matrix, `stride` numbers from row to row.
@@ -59,13 +72,23 @@ struct Scratch {
 // parallel region. Not through the dispatcher, whose calls by name take microseconds.
 void multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
               const Tensor& to) {
-  const int64_t sizes[] = {weight.size(1), weight.size(0)};
-  const int64_t strides[] = {weight.stride(1), weight.stride(0)};
-  const Tensor turned = torch::stable::from_blob(weight.data_ptr(), {sizes, 2}, {strides, 2}, kCpu,
-                                                 weight.scalar_type());
+  const Tensor turned = window(weight, 0, {weight.size(1), weight.size(0)},
+                               {weight.stride(1), weight.stride(0)});
   STABLE_TORCH_ERROR_CODE_CHECK(
       bias ? aoti_torch_cpu_addmm_out(to.get(), bias->get(), x.get(), turned.get(), 1, 1)
            : aoti_torch_cpu_mm_out(to.get(), x.get(), turned.get()));
+}
+
+// The same, each thread by its own rows of W0. Of few tokens torch's own threads multiply one alone,
+// or wait for each other.
+void multiply_by_rows(const Tensor& x, const Tensor& weight, const Tensor& to) {
+  const int64_t C = x.size(0), I = weight.size(1), O = weight.size(0);
+  const auto body = [&](int64_t begin, int64_t end) {
+    const int64_t o = begin * kUnit, rows = std::min(end * kUnit, O) - o, row = weight.stride(0);
+    multiply(x, window(weight, o * row, {rows, I}, {row, weight.stride(1)}), std::nullopt,
+             window(to, o, {C, rows}, {to.stride(0), 1}));
+  };
+  torch::stable::parallel_for(0, (O + kUnit - 1) / kUnit, kLeastUnits, body);
 }
 
 // A product with some W0: x [C, in] -> to [C, out].
@@ -76,7 +99,9 @@ struct Product {
 
   void operator()(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& to) const {
     using torch::stable::detail::from;
-    if (name.empty()) {
+    if (name.empty() && !bias && x.size(0) <= kFewTokens) {
+      multiply_by_rows(x, weight, to);
+    } else if (name.empty()) {
       multiply(x, weight, bias, to);
     } else if (packed) {
       std::array<StableIValue, 5> stack{from(to), from(x), from(weight), from(bias), from(true)};

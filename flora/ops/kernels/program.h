@@ -121,11 +121,10 @@ inline char* at(const Tensor& tensor, int64_t bytes) {
 void multiply_copies(const Product* product, const Part& part, const Job& job, const Batch& batch,
                      const Tensor& x, const Tensor& to) {
   const int64_t N = job.N, I = job.I, count = batch.copies * N, plain = batch.plain() * N;
-  Tensor copies = matrix(x.data_ptr(), count, I, I, job.dtype);
-  if (part.expands(batch)) {
-    copies = scratch<0>(count, I, job.dtype);
-    expand(job, x.data_ptr(), copies.data_ptr());
-  }
+  const bool expands = part.expands(batch);
+  const Tensor copies = expands ? scratch<0>(count, I, job.dtype)
+                                : matrix(x.data_ptr(), count, I, I, job.dtype);
+  if (expands) expand(job, x.data_ptr(), copies.data_ptr());
   if (plain == count) return (*product)(copies, std::nullopt, to);
   const int64_t stride = to.stride(0);
   if (plain) {

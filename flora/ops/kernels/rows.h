@@ -216,6 +216,10 @@ inline bool alike(const Row* rows) {
   return true;
 }
 
+inline bool adds_nothing(const Row& row) {
+  return row.copies == 1 && row.first_page < 0 && row.rank == 0 && row.bias < 0;
+}
+
 // product [T, N, O] -> to [S, N, O]: each row's copies scaled and summed, with its additive part and
 // bias. `to` may be the product where each row has one copy, in its own place. Both may be some columns
 // of a wider matrix.
@@ -235,6 +239,7 @@ void contract(const Job& job, const void* product, const void* x, const void* bi
         const int64_t s = block / blocks, first = block % blocks * kTokens;
         const bool together = N == 1 && block + kTokens <= end && alike(&row);
         if (together) block += kTokens - 1;
+        if (product == to && !bias && adds_nothing(row)) continue;
         const Row& ahead = job.rows[std::min(block + 1, end - 1) / blocks];
         if (together || first + kTokens <= N) {
           part.template run<kTokens>(row, ahead, s, first);
