@@ -190,7 +190,7 @@ def _measure(weight_OI: Tensor, backend: str, *, grad: bool) -> Costs:
     one, many = shortest.values()
     return Costs(
         product=tuple(product.items()),
-        modulation=max(0.0, one - product[MODULATED_TOKENS]),
+        modulation=one - product[MODULATED_TOKENS],
         pair=max(0.0, (many - one) / (MOST_PAIRS - 1)),
     )
 

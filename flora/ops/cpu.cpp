@@ -66,10 +66,14 @@ PyMethodDef entry(const char* name, const char* doc) {
 PyMethodDef methods[] = {
     entry<&expand>("expand", "expand(job, x, to)"),
     entry<&contract>("contract", "contract(job, product, x, bias, to)"),
-    entry<&modulate>("modulate", "modulate(job, first_page, pages, weight, to)"),
+    entry<&multiply_modulated>(
+        "multiply_modulated",
+        "multiply_modulated(job, first_page, pages, weight, x, count, to, stride)"),
+    entry<&multiply_back>("multiply_back",
+                          "multiply_back(job, first_page, pages, weight, dy, count, dx)"),
     entry<&modulation_gradients>(
         "modulation_gradients",
-        "modulation_gradients(job, first_page, pages, chunks, gradient, weight, din, dout)"),
+        "modulation_gradients(job, first_page, pages, weight, dy, x, count, din, dout)"),
     entry<&scale_gradients>("scale_gradients", "scale_gradients(job, of_out, dy, v, dv, sums)"),
     {nullptr, nullptr, 0, nullptr},
 };

@@ -18,16 +18,12 @@ from flora.ops.cpu_kernels import (
     Job,
     contract,
     expand,
-    modulate,
     modulation_gradients,
+    multiply_back,
+    multiply_modulated,
     scale_gradients,
-    scratch,
 )
 from flora.ops.plan import Index
-
-CHUNK_ROWS = 64
-MOST_CHUNKS = 16
-"""W0's rows in chunks, each with gradients of its own until they are summed."""
 
 
 def linear(x_SNI: Tensor, operands: Operands, job: Job) -> Tensor:
@@ -133,10 +129,12 @@ class ModulatedRows(torch.autograd.Function):
         x_SNI, weight_OI = x_SNI.contiguous(), weight_OI.contiguous()
         ctx.save_for_backward(x_SNI, weight_OI)
         ctx.operands, ctx.job, ctx.like = operands, job, (in_PI, out_PO)
-        y_SNO = _rows_like(x_SNI, weight_OI.shape[0], job)
-        for rows, first_page, pages in _segments(operands, x_SNI):
-            by_OI = _modulated(weight_OI, first_page, pages, job)
-            _put(y_SNO, rows, take(x_SNI, rows), by_OI.T)
+        y_SNO = _rows_like(x_SNI, len(weight_OI), job)
+        for rows, *pages in _segments(operands, x_SNI):
+            own, y = take(x_SNI, rows), _memory_of(y_SNO, rows)
+            sizes = own.shape[0] * own.shape[1], y.data_ptr(), len(weight_OI)
+            multiply_modulated(job.at, *pages, weight_OI.data_ptr(), own.data_ptr(), *sizes)
+            _put(y_SNO, rows, y)
         return y_SNO
 
     @staticmethod
@@ -150,27 +148,20 @@ class ModulatedRows(torch.autograd.Function):
             dx = _rows_like(dy_SNO, weight_OI.shape[1], job)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             din, dout = torch.zeros(in_PI.shape), torch.zeros(out_PO.shape)
-        for rows, first_page, pages in _segments(operands, x_SNI):
+        for rows, first_page, count in _segments(operands, x_SNI):
             dy = take(dy_SNO, rows)
+            of = job.at, first_page, count, weight_OI.data_ptr(), dy.data_ptr()
+            tokens = dy.shape[0] * dy.shape[1]
             if dx is not None:
-                _put(dx, rows, dy, _modulated(weight_OI, first_page, pages, job))
+                own = _memory_of(dx, rows)
+                multiply_back(*of, tokens, own.data_ptr())
+                _put(dx, rows, own)
             if din is not None and dout is not None:
-                g_OI = scratch("weight", weight_OI.shape, weight_OI.dtype)
-                torch.mm(dy.flatten(0, 1).T, take(x_SNI, rows).flatten(0, 1), out=g_OI)
-                own = slice(first_page, first_page + pages)
-                chunks = min(MOST_CHUNKS, -(-len(g_OI) // CHUNK_ROWS))
-                parts = torch.zeros(chunks, pages, in_PI.shape[1])
-                modulation_gradients(
-                    job.at,
-                    first_page,
-                    pages,
-                    chunks,
-                    g_OI.data_ptr(),
-                    weight_OI.data_ptr(),
-                    parts.data_ptr(),
-                    dout[own].data_ptr(),
-                )
-                torch.sum(parts, 0, out=din[own])
+                x, pages = take(x_SNI, rows), slice(first_page, first_page + count)
+                parts = torch.zeros(torch.get_num_threads(), count, in_PI.shape[1])
+                to = parts.data_ptr(), dout[pages].data_ptr()
+                modulation_gradients(*of, x.data_ptr(), tokens, *to)
+                torch.sum(parts, 0, out=din[pages])
         return dx, None, din, dout, None, None
 
 
@@ -182,18 +173,16 @@ def _segments(operands: Operands, x_SNI: Tensor) -> Iterator[tuple[Index, int, i
         yield rows, pages[0], len(pages)
 
 
-def _modulated(weight_OI: Tensor, first_page: int, pages: int, job: Job) -> Tensor:
-    by_OI = scratch("weight", weight_OI.shape, weight_OI.dtype)
-    modulate(job.at, first_page, pages, weight_OI.data_ptr(), by_OI.data_ptr())
-    return by_OI
+def _memory_of(y_SNX: Tensor, rows: Index) -> Tensor:
+    """Where a kernel writes some rows of y: in place, or where `_put` takes them from."""
+    if isinstance(rows, Tensor):
+        return y_SNX.new_empty(len(rows), *y_SNX.shape[1:])
+    return take(y_SNX, rows)
 
 
-def _put(y_SNX: Tensor, rows: Index, x_CNX: Tensor, by: Tensor) -> None:
-    """A product into its rows of y."""
-    if rows is None or isinstance(rows, slice):
-        torch.mm(x_CNX.flatten(0, 1), by, out=take(y_SNX, rows).flatten(0, 1))
-    else:
-        y_SNX[rows] = (x_CNX.flatten(0, 1) @ by).unflatten(0, x_CNX.shape[:2])
+def _put(y_SNX: Tensor, rows: Index, own: Tensor) -> None:
+    if isinstance(rows, Tensor):
+        y_SNX[rows] = own
 
 
 def _rows_like(x_SNX: Tensor, width: int, job: Job) -> Tensor:

@@ -16,7 +16,8 @@ from flora.ops.factors import BatchFactors, Pages
 from flora.ops.table import Table, make_table
 
 kernels = load_kernels()
-expand, contract, modulate = kernels.expand, kernels.contract, kernels.modulate
+expand, contract = kernels.expand, kernels.contract
+multiply_modulated, multiply_back = kernels.multiply_modulated, kernels.multiply_back
 modulation_gradients, scale_gradients = kernels.modulation_gradients, kernels.scale_gradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -26,7 +26,9 @@ class Costs:
 
     product:    (tokens, cost) of the product with W0, tokens ascending; linear between two points,
                 and in proportion beyond the last.
-    modulation: of W0 by one pair.
+    modulation: of W0 by one pair. Below zero where the rest of the weight side costs less than the
+                activation side's product over as many tokens, as with a backward, for which the
+                latter is taken again.
     pair:       of each further pair.
     """
 
@@ -155,7 +157,8 @@ def make_plan(
     tokens:     N, the tokens of each row.
     has_weight: whether W0 can be read, which the weight side needs.
     grad:       whether a backward may follow.
-    costs:      of the layer; a group is moved to the weight side where that lowers their sum.
+    costs:      of the layer; groups of several pairs are moved to the weight side where that lowers
+                their sum.
 
     Raises ShapeError where a row names no group.
     """
@@ -192,20 +195,24 @@ def make_plan(
 def _modulated(
     rows_of: dict[int, list[int]], pairs: Sequence[int], tokens: int, costs: Costs
 ) -> set[int]:
-    """The groups whose W0 is modulated, those with the most copies first."""
-    copies = {group: max(1, pairs[group]) * len(own) * tokens for group, own in rows_of.items()}
-    active, found = sum(copies.values()), set()
-    for group in sorted(copies, key=lambda group: -copies[group]):
-        rest = active - copies[group]
-        moved = (
-            costs.of_product(rest)
-            + costs.of_modulation(pairs[group])
-            + costs.of_product(len(rows_of[group]) * tokens)
-        )
-        if pairs[group] and moved < costs.of_product(active):
-            active = rest
-            found.add(group)
-    return found
+    """The groups whose W0 is modulated: as many, of those that save the most copies, as cost least.
+
+    All of them are tried, as a product's fixed part is only saved where none is left to make it.
+    """
+    scaled = [group for group in rows_of if pairs[group]]
+    if costs == WEIGHT_SIDE:
+        return set(scaled)
+    own = {group: len(members) * tokens for group, members in rows_of.items()}
+    saved = {group: own[group] * (pairs[group] - 1) for group in scaled}
+    most = sorted((group for group in scaled if saved[group]), key=lambda group: -saved[group])
+    active = sum(own.values()) + sum(saved.values())
+    lowest, count, moved = costs.of_product(active), 0, 0.0
+    for number, group in enumerate(most, 1):
+        active -= own[group] + saved[group]
+        moved += costs.of_modulation(pairs[group]) + costs.of_product(own[group])
+        if (cost := moved + costs.of_product(active)) < lowest:
+            lowest, count = cost, number
+    return set(most[:count])
 
 
 def _passes(

@@ -334,8 +334,9 @@ def test_a_large_weight_is_modulated_block_by_block(
         tokens=tokens,
         dtype=dtype,
     )
-    with torch.no_grad(), threads_of(threads):
-        assert_right(operator("cpu", weight=True)(layer), layer)
+    with threads_of(threads):
+        check_without_gradients(layer, "cpu", weight=True)
+        check(layer, weight=True, backend="cpu")
 
 
 @contextmanager

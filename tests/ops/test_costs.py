@@ -39,7 +39,7 @@ def test_more_costs_more(dtype, grad):
     assert len(copies) > 1
     assert all(second > 0 for second in seconds)
     assert seconds[-1] > seconds[0]
-    assert found.modulation >= 0
+    assert found.of_modulation(1) + found.of_product(16) > 0
     assert found.of_modulation(200) >= found.of_modulation(1)
 
 

@@ -112,6 +112,30 @@ def test_a_group_moves_where_that_lowers_the_sum():
     assert [segment.pages for segment in both.weight_side] == [tuple(range(2, 10))]
 
 
+def test_groups_move_together_where_that_leaves_no_product_to_make():
+    fixed = Costs(product=((1, 7.0), (2, 12.0), (4, 20.0), (5, 24.0)), modulation=2.0)
+    # 4 copies cost 20; one adapter moved 12 + 2 + 7, and both 2 (2 + 7).
+    assert len(plan([0, 1], [2, 2], costs=fixed).weight_side) == 2
+    # A third row, which nothing scales, has a product made all the same: 24, 25 or 25.
+    assert plan([0, 1, 2], [2, 2, 0], costs=fixed).weight_side == ()
+
+
+def test_the_groups_that_save_the_most_copies_move_first():
+    # 6 rows of two pairs have more copies than one row of eight, of which fewer are saved.
+    costs = Costs(modulation=6.5)
+    assert [s.pages for s in plan([0] * 6 + [1], [2, 8], costs=costs).weight_side] == [
+        tuple(range(2, 10))
+    ]
+
+
+def test_one_pair_is_never_worth_a_modulation():
+    """With a backward a modulation may cost less than what the activation side does in addition."""
+    cheap = Costs(product=((8, 10.0), (64, 80.0)), modulation=-5.0)
+    assert plan([0], [1], tokens=16, grad=True, costs=cheap).weight_side == ()
+    both = plan([0, 1], [1, 2], tokens=16, grad=True, costs=cheap)
+    assert [segment.pages for segment in both.weight_side] == [(1, 2)]
+
+
 def test_segments_are_in_the_order_of_the_rows():
     """So rows whose groups stand together are not moved, whichever number each group has."""
     rows, pairs = [2, 2, 0, 0, 1], [4, 3, 2]

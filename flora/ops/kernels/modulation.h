@@ -15,14 +15,23 @@ constexpr int64_t kBlock = 1 << 18;      // bytes of a modulated W0 that a threa
 constexpr int64_t kMostBlock = 1 << 21;  // where so many tokens share it that their passes count
 constexpr int64_t kBlockRows = 64;       // of it at least, as products of fewer are slow
 
-// Σ_j a_j[o] b_j times W0, for R rows of it from o on.
+// W0 [O, I], contiguous, from one of its columns on, and as many of them as are asked for.
+template <typename T>
+struct Columns {
+  const T* weight;
+  int64_t I, first, width;
+};
+
+// Σ_j a_j[o] b_j times W0, for R rows of it from o on -> to [R, width].
 template <int64_t R, typename T>
-void modulate_rows(const T* weight, const Pairs& pairs, int64_t o, T* to, int64_t I) {
-  each_step(I, [&](int64_t i, int64_t n) {
+void modulate_rows(const Columns<T>& of, const Pairs& pairs, int64_t o, T* to) {
+  const int64_t I = of.I, first = of.first, width = of.width;
+  const T* const weight = of.weight + o * I + first;
+  each_step(width, [&](int64_t i, int64_t n) {
     Step sums[R];
     for (auto& sum : sums) sum = {Lanes(0), Lanes(0)};
     for (int64_t j = 0; j < pairs.count(); ++j) {
-      const Step b = load(pairs.b[j] + i, n);
+      const Step b = load(pairs.b[j] + first + i, n);
       for (int64_t r = 0; r < R; ++r) {
         const Lanes a(pairs.a[j][o + r]);
         add_product(sums[r], {a, a}, b);
@@ -30,7 +39,7 @@ void modulate_rows(const T* weight, const Pairs& pairs, int64_t o, T* to, int64_
     }
     for (int64_t r = 0; r < R; ++r) {
       const Step w = load(weight + r * I + i, n);
-      store(to + r * I + i, Step{sums[r].low * w.low, sums[r].high * w.high}, n);
+      store(to + r * width + i, Step{sums[r].low * w.low, sums[r].high * w.high}, n);
     }
   });
 }
@@ -86,78 +95,91 @@ void scale_gradients_of(const T* dy, const T* v, const Scale& page, int64_t firs
   }
 }
 
-// W0 ∘ (Σ_j a_j b_jᵀ), rounded once to W0's type: `rows` of it from o on.
+// W0 ∘ (Σ_j a_j b_jᵀ), rounded once to W0's type: `rows` of it from o on -> to [rows, width].
 template <typename T>
-void modulate_block(const T* weight, const Pairs& pairs, int64_t o, int64_t rows, T* to, int64_t I) {
+void modulate_block(const Columns<T>& of, const Pairs& pairs, int64_t o, int64_t rows, T* to) {
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    modulate_rows<kRows>(weight + (o + r) * I, pairs, o + r, to + r * I, I);
-  for (; r < rows; ++r) modulate_rows<1>(weight + (o + r) * I, pairs, o + r, to + r * I, I);
+  for (; r + kRows <= rows; r += kRows) modulate_rows<kRows>(of, pairs, o + r, to + r * of.width);
+  for (; r < rows; ++r) modulate_rows<1>(of, pairs, o + r, to + r * of.width);
 }
 
-void modulate(const Job& job, int64_t first_page, int64_t pages, const void* weight, void* to) {
+// W0's `count` rows, or columns, of `numbers` each, in blocks that a thread works on for so many
+// tokens, one at a time: body(the thread's part of all, first, how many, memory for them).
+template <typename T, typename Body>
+void each_block(int64_t count, int64_t group, int64_t numbers, int64_t tokens, const Body& body) {
+  const int64_t bytes = numbers * sizeof(T), fitting = std::min(tokens, kMostBlock / bytes);
+  const int64_t most = std::max({kBlockRows, kBlock / bytes, fitting});
+  const int64_t groups = (count + group - 1) / group;
+  const int64_t parts = std::min<int64_t>(groups, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    thread_local Scratch kept;
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t start = groups * part / parts * group;
+      const int64_t last = std::min(groups * (part + 1) / parts * group, count);
+      const int64_t own = last - start, blocks = (own + most - 1) / most;
+      const int64_t block = ((own + blocks - 1) / blocks + group - 1) / group * group;
+      T* memory = static_cast<T*>(kept.get(block * bytes));
+      for (int64_t first = start; first < last; first += block)
+        body(part, first, std::min(block, last - first), memory);
+    }
+  });
+}
+
+// x [C, I] through a modulated W0 -> to [C, O], `stride` numbers from row to row. A thread multiplies
+// by some rows of W0 as soon as it has modulated them: they are in its own cache, and no other thread
+// ever asks for them.
+void multiply_modulated(const Job& job, int64_t first_page, int64_t pages, const void* weight,
+                        const void* x, int64_t count, void* to, int64_t stride) {
   dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t I = job.I, O = job.O;
     const Pairs pairs({job.b, I}, {job.a, O}, first_page, pages);
-    const int64_t blocks = (O + kRows - 1) / kRows;
-    parallel_for(blocks, kRows * I, [&](int64_t begin, int64_t end) {
-      const int64_t o = begin * kRows, rows = std::min(end * kRows, O) - o;
-      modulate_block(static_cast<const T*>(weight), pairs, o, rows, static_cast<T*>(to) + o * I, I);
+    const Columns<T> all{static_cast<const T*>(weight), I, 0, I};
+    const Tensor x_CI = matrix(x, count, I, I, job.dtype);
+    each_block<T>(O, kRows, I, count, [&](int64_t, int64_t o, int64_t own, T* modulated) {
+      modulate_block(all, pairs, o, own, modulated);
+      multiply(x_CI, matrix(modulated, own, I, I, job.dtype), std::nullopt,
+               matrix(static_cast<T*>(to) + o, count, own, stride, job.dtype));
     });
   });
 }
 
-// copies [C, I] through a modulated W0 -> to [C, O], `stride` numbers from row to row. A thread
-// multiplies by some rows of W0 as soon as it has modulated them: they are in its own cache, and no
-// other thread ever asks for them.
-void multiply_modulated(const Job& job, int64_t first_page, int64_t pages, const void* weight,
-                        const void* copies, int64_t count, void* to, int64_t stride) {
+// Its gradient of x: dy [C, O] through a modulated W0 -> dx [C, I], by W0's columns.
+void multiply_back(const Job& job, int64_t first_page, int64_t pages, const void* weight,
+                   const void* dy, int64_t count, void* dx) {
   dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t I = job.I, O = job.O, threads = torch::stable::get_num_threads();
+    const int64_t I = job.I, O = job.O;
     const Pairs pairs({job.b, I}, {job.a, O}, first_page, pages);
-    const int64_t bytes = I * sizeof(T);
-    const int64_t most = std::max({kBlockRows, kBlock / bytes, std::min(count, kMostBlock / bytes)});
-    // As many blocks for each thread, of whole groups of rows.
-    const int64_t share = (O + threads - 1) / threads, each = (share + most - 1) / most;
-    const int64_t even = (O + threads * each - 1) / (threads * each);
-    const int64_t rows = (even + kRows - 1) / kRows * kRows;
-    const Tensor x = matrix(copies, count, I, I, job.dtype);
-    torch::stable::parallel_for(0, (O + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
-      thread_local Scratch kept;
-      T* modulated = static_cast<T*>(kept.get(rows * bytes));
-      for (int64_t o = begin * rows; o < std::min(end * rows, O); o += rows) {
-        const int64_t own = std::min(rows, O - o);
-        modulate_block(static_cast<const T*>(weight), pairs, o, own, modulated, I);
-        multiply(x, matrix(modulated, own, I, I, job.dtype), std::nullopt,
-                 matrix(static_cast<T*>(to) + o, count, own, stride, job.dtype));
-      }
+    const Tensor dy_CO = matrix(dy, count, O, O, job.dtype);
+    each_block<T>(I, kUnit, O, count, [&](int64_t, int64_t i, int64_t own, T* modulated) {
+      modulate_block({static_cast<const T*>(weight), I, i, own}, pairs, 0, O, modulated);
+      matrix_product(dy_CO, matrix(modulated, O, own, own, job.dtype),
+                     matrix(static_cast<T*>(dx) + i, count, own, I, job.dtype));
     });
   });
 }
 
-// da and db of a modulated W0, from G = dYᵀ X `[O, I]`. din `[chunks, pages, I]` is to be summed over
-// the chunks of W0's rows: in this order each time, however many threads there are; dout `[pages, O]`.
-// Both begin with zeros.
-void modulation_gradients(const Job& job, int64_t first_page, int64_t pages, int64_t chunks,
-                          const void* gradient, const void* weight, float* din, float* dout) {
+// Its gradients da and db, from G = dyᵀ x of dy [C, O] and x [C, I]. dout `[pages, O]`; din
+// `[threads, pages, I]` is to be summed over the threads. Both begin with zeros.
+void modulation_gradients(const Job& job, int64_t first_page, int64_t pages, const void* weight,
+                          const void* dy, const void* x, int64_t count, float* din, float* dout) {
   dispatch(job.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t I = job.I, O = job.O, rows = (O + chunks - 1) / chunks;
+    const int64_t I = job.I, O = job.O;
     const Pairs pairs({job.b, I}, {job.a, O}, first_page, pages);
-    parallel_for(chunks, rows * I, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const int64_t last = std::min((chunk + 1) * rows, O);
-        float* sums = din + chunk * pages * I;
-        const auto* g = static_cast<const T*>(gradient);
-        const auto* w = static_cast<const T*>(weight);
-        int64_t o = chunk * rows;
-        for (; o + kRows <= last; o += kRows)
-          gradient_rows<kRows>(g + o * I, w + o * I, pairs, o, sums, dout, O, I);
-        for (; o < last; ++o)
-          gradient_rows<1>(g + o * I, w + o * I, pairs, o, sums, dout, O, I);
-      }
+    const Tensor x_CI = matrix(x, count, I, I, job.dtype);
+    const Tensor dy_OC = turned(matrix(dy, count, O, O, job.dtype));
+    each_block<T>(O, kRows, I, count, [&](int64_t part, int64_t first, int64_t own, T* g) {
+      matrix_product(window(dy_OC, first, {own, count}, {1, O}), x_CI,
+                     matrix(g, own, I, I, job.dtype));
+      const T* const w = static_cast<const T*>(weight) + first * I;
+      float* const sums = din + part * pages * I;
+      int64_t o = 0;
+      for (; o + kRows <= own; o += kRows)
+        gradient_rows<kRows>(g + o * I, w + o * I, pairs, first + o, sums, dout, O, I);
+      for (; o < own; ++o)
+        gradient_rows<1>(g + o * I, w + o * I, pairs, first + o, sums, dout, O, I);
     });
   });
 }

@@ -68,15 +68,24 @@ struct Scratch {
   }
 };
 
-// x [C, in] by W0 [out, in] -> to [C, out], by torch's own product: it takes one thread within a
+// A matrix's transpose, where it lies.
+Tensor turned(const Tensor& of) {
+  return window(of, 0, {of.size(1), of.size(0)}, {of.stride(1), of.stride(0)});
+}
+
+// left [C, K] by right [K, D] -> to [C, D], by torch's own product: it takes one thread within a
 // parallel region. Not through the dispatcher, whose calls by name take microseconds.
+void matrix_product(const Tensor& left, const Tensor& right, const Tensor& to) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
+}
+
+// x [C, in] by W0 [out, in] -> to [C, out].
 void multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
               const Tensor& to) {
-  const Tensor turned = window(weight, 0, {weight.size(1), weight.size(0)},
-                               {weight.stride(1), weight.stride(0)});
+  const Tensor by = turned(weight);
+  if (!bias) return matrix_product(x, by, to);
   STABLE_TORCH_ERROR_CODE_CHECK(
-      bias ? aoti_torch_cpu_addmm_out(to.get(), bias->get(), x.get(), turned.get(), 1, 1)
-           : aoti_torch_cpu_mm_out(to.get(), x.get(), turned.get()));
+      aoti_torch_cpu_addmm_out(to.get(), bias->get(), x.get(), by.get(), 1, 1));
 }
 
 // The same, each thread by its own rows of W0. Of few tokens torch's own threads multiply one alone,
