@@ -18,9 +18,12 @@ from flora.ops.plan import Index
 
 def take(tensor: Tensor, index: Index) -> Tensor:
     """Rows of a tensor by a plan's index; a run of them without a copy."""
-    if index is None:
+    if isinstance(index, Tensor):
+        return tensor.index_select(0, index)
+    # The backward of a slice fills zeros around it, even where there is nothing around.
+    if index is None or (index.start == 0 and index.stop == len(tensor)):
         return tensor
-    return tensor[index] if isinstance(index, slice) else tensor.index_select(0, index)
+    return tensor[index]
 
 
 def add_rows(y: Tensor | None, part: Tensor, rows: Index, count: int) -> Tensor:
