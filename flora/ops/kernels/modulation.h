@@ -103,6 +103,12 @@ void modulate_block(const Columns<T>& of, const Pairs& pairs, int64_t o, int64_t
   for (; r < rows; ++r) modulate_rows<1>(of, pairs, o + r, to + r * of.width);
 }
 
+// A thread's own, for one block after the other.
+inline Scratch& block_scratch() {
+  thread_local Scratch kept;
+  return kept;
+}
+
 // W0's `count` rows, or columns, of `numbers` each, in blocks that a thread works on for so many
 // tokens, one at a time: body(the thread's part of all, first, how many, memory for them).
 template <typename T, typename Body>
@@ -112,13 +118,12 @@ void each_block(int64_t count, int64_t group, int64_t numbers, int64_t tokens, c
   const int64_t groups = (count + group - 1) / group;
   const int64_t parts = std::min<int64_t>(groups, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    thread_local Scratch kept;
     for (int64_t part = begin; part < end; ++part) {
       const int64_t start = groups * part / parts * group;
       const int64_t last = std::min(groups * (part + 1) / parts * group, count);
       const int64_t own = last - start, blocks = (own + most - 1) / most;
       const int64_t block = ((own + blocks - 1) / blocks + group - 1) / group * group;
-      T* memory = static_cast<T*>(kept.get(block * bytes));
+      T* memory = static_cast<T*>(block_scratch().get(block * bytes));
       for (int64_t first = start; first < last; first += block)
         body(part, first, std::min(block, last - first), memory);
     }
