@@ -228,19 +228,21 @@ class JointTrainer:
             adapter_names=batch.adapters,
             use_cache=False,
         ).logits
-        targets = batch.labels[:, 1:].to(device)
-        learned = targets != IGNORED
-        chosen = logits[:, :-1][learned]
+        # Each token's next one. Logits that nothing is learned from stay among the others: to leave
+        # them out would copy all others, and their gradients.
+        targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).to(device)
         loss = F.cross_entropy(
-            chosen.to(torch.promote_types(chosen.dtype, torch.float32)),
-            targets[learned],
+            logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+            targets.flatten(),
             reduction="none",
+            ignore_index=IGNORED,
         )
         names = list(dict.fromkeys(batch.adapters))
         rows = torch.tensor([names.index(name) for name in batch.adapters], device=device)
-        owner = rows.unsqueeze(1).expand_as(learned)[learned]
-        totals = loss.new_zeros(len(names)).index_add(0, owner, loss)
-        means = totals / owner.bincount(minlength=len(names)).clamp(min=1)
+        zeros = loss.new_zeros(len(names))
+        totals = zeros.index_add(0, rows, loss.view_as(targets).sum(1))
+        learned = zeros.index_add(0, rows, (targets != IGNORED).sum(1).to(loss))
+        means = totals / learned.clamp(min=1)
         return dict(zip(names, means.unbind(), strict=True))
 
     def save(self, folder: str | os.PathLike[str], base_model: str | None = None) -> None:
