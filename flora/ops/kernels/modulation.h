@@ -174,10 +174,9 @@ void modulation_gradients(const Job& job, int64_t first_page, int64_t pages, con
     const int64_t I = job.I, O = job.O;
     const Pairs pairs({job.b, I}, {job.a, O}, first_page, pages);
     const Tensor x_CI = matrix(x, count, I, I, job.dtype);
-    const Tensor dy_OC = turned(matrix(dy, count, O, O, job.dtype));
     each_block<T>(O, kRows, I, count, [&](int64_t part, int64_t first, int64_t own, T* g) {
-      matrix_product(window(dy_OC, first, {own, count}, {1, O}), x_CI,
-                     matrix(g, own, I, I, job.dtype));
+      const Tensor dy_CR = matrix(static_cast<const T*>(dy) + first, count, own, O, job.dtype);
+      matrix_product(turned(dy_CR), x_CI, matrix(g, own, I, I, job.dtype));
       const T* const w = static_cast<const T*>(weight) + first * I;
       float* const sums = din + part * pages * I;
       int64_t o = 0;
