@@ -58,8 +58,8 @@ def attach(
     row: a name, `"__base__"` or None for none, or a list of (name, tokens) spans. A model that has
     adapters already gets these beside them; a name that it has is given its new meaning.
 
-    model:    a transformers model; its linear layers are `nn.Linear`, or have a forward that is a
-              black box with `in_features` and `out_features`.
+    model:    a transformers model; its linear layers are `nn.Linear` or GPT-2's `Conv1D`, or have a
+              forward that is a black box with `in_features` and `out_features`.
     adapters: for each name a folder, a repository of the hub, or an Adapter.
     backend:  of `flora.ops`; "auto" chooses by the device.
     budget:   the most bytes that the adapters may take on the device.
