@@ -23,7 +23,7 @@ from flora.training.trainer import JointTrainer, parse_recipe
 PROMPT = "Say: "
 LINES = {"ruby": "puts 1 + 1", "rust": "let x = 2;"}
 RECIPES = {
-    "ruby": {"peft_type": "FLORA", "r": 2, "learning_rate": 5e-2},
+    "ruby": {"peft_type": "FLORA", "r": 2, "learning_rate": 2e-2},
     "rust": {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "learning_rate": 5e-3},
 }
 STEPS = 40
